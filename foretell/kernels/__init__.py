@@ -1,0 +1,26 @@
+"""Kernel backends behind one interface; ``get_kernels`` chooses."""
+
+from __future__ import annotations
+
+import os
+
+from foretell.errors import ConfigError
+from foretell.kernels.base import Kernels
+from foretell.kernels.reference import ReferenceKernels
+
+__all__ = ["Kernels", "get_kernels"]
+
+
+def get_kernels(name: str = "auto", *, device: str = "cpu", batch_invariant: bool = False) -> Kernels:
+    """The backend called ``name``; "auto" takes the C++ one on a CPU that can build it, else reference.
+
+    FORETELL_KERNELS overrides "auto". A reference backend chosen for want of a better one says why in
+    its ``reason``. ``batch_invariant``: a row's result may not depend on the rows beside it.
+    """
+    if name == "auto":
+        name = os.environ.get("FORETELL_KERNELS") or "auto"
+    if name == "reference":
+        return ReferenceKernels()
+    if name == "auto":
+        return ReferenceKernels("the C++ kernels are not built yet")
+    raise ConfigError(f"no kernel backend is called {name!r}: choose auto, cpu or reference")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class KVGroupView:
     """One KV group's addressing for this batch."""
 
-    block_tables: Tensor  # [S, max_blocks] int32: physical block of each logical block; dropped ones are stale
+    block_tables: Tensor  # [S, max_blocks] int32: physical block of each logical one; dropped ones are stale
     slots: Tensor  # [M] int64: block · block_size + offset, where each token's K/V goes
 
 
