@@ -17,7 +17,8 @@ class RopeSpec:
     """Rotary position embedding (Su et al. 2021), with the context-extension scalings in use.
 
     ``dim`` is the rotated part of each head (partial rotary when smaller than head_dim).
-    ``attention_factor`` multiplies cos and sin (YaRN, Peng et al. 2023).
+    ``attention_factor`` multiplies cos and sin (YaRN, Peng et al. 2023). ``freq_divisors`` gives the
+    slowing-down of each pair outright (GGUF's rope_freqs), in place of a scaling rule.
     """
 
     theta: float
@@ -31,6 +32,7 @@ class RopeSpec:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    freq_divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,214 @@
+"""KV blocks: who holds which, what may be shared, what is evicted first. Ids only; workers hold the tensors."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from foretell.core.request import Request
+
+DROPPED = -1  # stands in a block table for a block that fell out of the group's window
+
+
+class BlockPool:
+    """Reference-counted blocks of one KV group. Free blocks keep their contents, and their hash, until
+    they are taken: the free list is ordered from least to most recently used, and is evicted from the front."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.references = [0] * num_blocks
+        self.hash_of: list[bytes | None] = [None] * num_blocks
+        self.cached: dict[bytes, int] = {}
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        return len(self.free)
+
+    def take(self, count: int) -> list[int]:
+        """``count`` blocks for new contents; the caller has checked that so many are free."""
+        return [self._take_one() for _ in range(count)]
+
+    def _take_one(self) -> int:
+        block, _ = self.free.popitem(last=False)
+        old = self.hash_of[block]
+        if old is not None:
+            del self.cached[old]
+            self.hash_of[block] = None
+        self.references[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        if self.references[block] == 0:
+            del self.free[block]
+        self.references[block] += 1
+
+    def release(self, block: int) -> None:
+        if self.references[block] <= 0:
+            raise RuntimeError(f"KV block {block} released twice")
+        self.references[block] -= 1
+        if self.references[block] == 0:
+            self.free[block] = None
+            if self.hash_of[block] is None:  # nothing to find in it again: first to be reused
+                self.free.move_to_end(block, last=False)
+
+    def publish(self, block: int, block_hash: bytes) -> None:
+        """Let others find this full block. The first holder of a hash stays; twins stay private."""
+        if block_hash not in self.cached and self.hash_of[block] is None:
+            self.cached[block_hash] = block
+            self.hash_of[block] = block_hash
+
+
+class BlockManager:
+    """Block tables of all requests over one pool per KV group (full attention, each sliding window)."""
+
+    def __init__(
+        self, num_blocks: Sequence[int], windows: Sequence[int | None], block_size: int, *, caching: bool
+    ) -> None:
+        self.block_size = block_size
+        self.windows = tuple(windows)
+        self.pools = [BlockPool(n) for n in num_blocks]
+        self.caching = caching
+
+    @property
+    def max_tokens_per_request(self) -> int:
+        """Longest sequence that fits when it has the cache to itself."""
+        full = [p.num_blocks for p, w in zip(self.pools, self.windows, strict=True) if w is None]
+        return min(full) * self.block_size if full else 2**62
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        """Longest chunk whose window and own tokens fit a sliding group's pool; < 1 when nothing fits."""
+        room = [
+            (p.num_blocks - 1) * self.block_size - (w - 1)
+            for p, w in zip(self.pools, self.windows, strict=True)
+            if w is not None
+        ]
+        return min(room, default=2**62)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    # -- prefix cache -------------------------------------------------------------------------------
+
+    def update_hashes(self, request: Request, num_tokens: int) -> None:
+        """Hash the full blocks among the first ``num_tokens`` known tokens, each chained to the last."""
+        hashes, size, tokens = request.hashes, self.block_size, request.tokens
+        for i in range(len(hashes), num_tokens // size):
+            parent = hashes[-1] if hashes else b""
+            hashes.append(blake2b(parent + array("q", tokens[i * size : (i + 1) * size]).tobytes(), digest_size=16).digest())
+
+    def find_cached(self, request: Request) -> int:
+        """Tokens of the longest usable cached prefix: always whole blocks, and never the last known token,
+        whose logits are still wanted. A sliding group needs only the blocks its window reaches back to."""
+        if not self.caching or request.params.prompt_logprobs is not None:
+            return 0
+        self.update_hashes(request, len(request.tokens))
+        hashes = request.hashes
+        count = min(len(hashes), (len(request.tokens) - 1) // self.block_size)
+        for pool, window in zip(self.pools, self.windows, strict=True):
+            if window is None:
+                count = next((i for i in range(count) if hashes[i] not in pool.cached), count)
+        while count and not self._windows_cached(hashes, count):
+            count -= 1
+        return count * self.block_size
+
+    def _windows_cached(self, hashes: list[bytes], count: int) -> bool:
+        for pool, window in zip(self.pools, self.windows, strict=True):
+            if window is not None:
+                first = self._first_needed(count * self.block_size, window)
+                if any(hashes[i] not in pool.cached for i in range(first, count)):
+                    return False
+        return True
+
+    def _first_needed(self, position: int, window: int) -> int:
+        """First logical block that a query at ``position`` can still see: keys > position - window."""
+        return max(0, position - window + 1) // self.block_size
+
+    # -- holding blocks -----------------------------------------------------------------------------
+
+    def shortage(self, request: Request, cached: int, num_tokens: int) -> int:
+        """Blocks by which the free ones fall short of ``num_tokens`` after a hit of ``cached`` tokens, in the
+        tightest group; negative: so many are left over. Counts cached blocks that are free now as taken."""
+        worst = -(2**62)
+        hits = cached // self.block_size
+        for pool, window in zip(self.pools, self.windows, strict=True):
+            first = 0 if window is None else self._first_needed(cached, window)
+            revived = sum(1 for h in request.hashes[first:hits] if not pool.references[pool.cached[h]])
+            wanted = self.blocks_for(num_tokens) - hits
+            if window is not None:
+                wanted = min(wanted, self.blocks_for(window) + 1)
+            worst = max(worst, wanted + revived - pool.num_free)
+        return worst
+
+    def attach(self, request: Request, cached: int) -> None:
+        """Start the block tables with the shared blocks of a hit of ``cached`` tokens: no copy."""
+        hits = cached // self.block_size
+        request.blocks = []
+        request.releasable_from = []
+        for pool, window in zip(self.pools, self.windows, strict=True):
+            first = 0 if window is None else self._first_needed(cached, window)
+            table = [DROPPED] * first
+            for block_hash in request.hashes[first:hits]:
+                block = pool.cached[block_hash]
+                pool.share(block)
+                table.append(block)
+            request.blocks.append(table)
+            request.releasable_from.append(first)
+        request.planned = request.cached_tokens = cached
+        request.published = hits
+
+    def extend(self, request: Request, num_tokens: int) -> bool:
+        """Blocks for the first ``num_tokens`` tokens, in every group or in none (False)."""
+        count = -(-num_tokens // self.block_size)
+        for table, pool in zip(request.blocks, self.pools, strict=True):
+            if count - len(table) > len(pool.free):
+                return False
+        for table, pool in zip(request.blocks, self.pools, strict=True):
+            if count > len(table):
+                table.extend(pool.take(count - len(table)))
+        return True
+
+    def drop_outside_windows(self, request: Request, next_position: int) -> None:
+        """Give back blocks that no query from ``next_position`` on can see. Batches run in order, so a
+        batch in flight that still reads such a block is done before a later one overwrites it."""
+        for group, window in enumerate(self.windows):
+            if window is None:
+                continue
+            table, start = request.blocks[group], request.releasable_from[group]
+            end = min(self._first_needed(next_position, window), len(table))
+            for i in range(start, end):
+                self.pools[group].release(table[i])
+                table[i] = DROPPED
+            request.releasable_from[group] = max(start, end)
+
+    def publish(self, request: Request, num_computed: int) -> None:
+        """Put hashes of computed full blocks of accepted tokens in the cache."""
+        if not self.caching:
+            return
+        full = min(num_computed, len(request.tokens)) // self.block_size
+        if full <= request.published:
+            return
+        self.update_hashes(request, full * self.block_size)
+        for table, pool in zip(request.blocks, self.pools, strict=True):
+            for i in range(request.published, full):
+                if table[i] != DROPPED:
+                    pool.publish(table[i], request.hashes[i])
+        request.published = full
+
+    def release(self, request: Request) -> None:
+        """Give everything back, the end of the sequence first: beginnings are what others share."""
+        for table, pool in zip(request.blocks, self.pools, strict=False):  # no tables: it holds nothing
+            for block in reversed(table):
+                if block != DROPPED:
+                    pool.release(block)
+        request.blocks = []
+        request.releasable_from = []
+        request.published = 0
+
+    @property
+    def usage(self) -> float:
+        """Share of blocks held by requests, in the fullest group."""
+        return max(1 - p.num_free / p.num_blocks for p in self.pools)

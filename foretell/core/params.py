@@ -1,0 +1,148 @@
+"""How a request wants its tokens chosen, and its checks. Names follow vLLM and OpenAI."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from foretell.errors import InvalidRequestError
+
+MAX_N = 128
+MAX_LOGPROBS = 128
+MAX_STOPS = 64
+MAX_STOP_CHARS = 1024
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise InvalidRequestError(message)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling and stopping of one request. ``temperature=0`` is greedy; ``max_tokens=None`` means to the
+    end of the context. ``min_p`` (Nguyen et al. 2024) keeps tokens with p ≥ min_p · max p; ``top_p`` the
+    smallest set with mass ≥ top_p; ``top_k`` the k likeliest (0: all). The penalties are OpenAI's
+    (presence, frequency over output tokens) and CTRL's (repetition over prompt and output).
+
+    Raises InvalidRequestError, naming the parameter, for a value outside its range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    bad_token_ids: Sequence[Sequence[int]] = ()  # bad_words as token ids; the API layer fills it in
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+    eos_token_ids: Sequence[int] = ()  # the model's; the API layer fills it in
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if isinstance(self.bad_words, str):
+            object.__setattr__(self, "bad_words", (self.bad_words,))
+        self._check_numbers()
+        self._check_lists()
+
+    def _check_numbers(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            _check(_is_finite(value), f"{name} must be a finite number, got {value!r}")
+            _check(low <= value <= high, f"{name} must be between {low:g} and {high:g}, got {value!r}")
+        _check(self.top_p > 0, f"top_p must be above 0, got {self.top_p!r}; 1 keeps every token")
+        _check(self.repetition_penalty > 0, f"repetition_penalty must be above 0, got {self.repetition_penalty!r}")
+        for name, low_int, high_int in _INT_RANGES:
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL_INTS:
+                continue
+            _check(_is_int(value), f"{name} must be a whole number, got {value!r}")
+            _check(low_int <= value <= high_int, f"{name} must be between {low_int} and {high_int}, got {value!r}")
+        if self.max_tokens is not None:
+            _check(
+                self.min_tokens <= self.max_tokens,
+                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})",
+            )
+
+    def _check_lists(self) -> None:
+        _check(len(self.stop) <= MAX_STOPS, f"at most {MAX_STOPS} stop strings, got {len(self.stop)}")
+        for text in (*self.stop, *self.bad_words):
+            _check(isinstance(text, str) and text != "", f"stop and bad_words need non-empty strings, got {text!r}")
+            _check(len(text) <= MAX_STOP_CHARS, f"a stop string or bad word is longer than {MAX_STOP_CHARS} characters")
+        for token_id, bias in self.logit_bias.items():
+            _check(_is_int(token_id) and token_id >= 0, f"logit_bias needs token ids ≥ 0, got {token_id!r}")
+            _check(_is_finite(bias) and abs(bias) <= 100, f"logit_bias values lie in [-100, 100], got {bias!r}")
+        if self.allowed_token_ids is not None:
+            _check(len(self.allowed_token_ids) > 0, "allowed_token_ids is empty: no token could be sampled")
+        for token_id in (*self.stop_token_ids, *(self.allowed_token_ids or ())):
+            _check(_is_int(token_id) and token_id >= 0, f"token ids are whole numbers ≥ 0, got {token_id!r}")
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end the output: the request's own, and the model's unless ``ignore_eos``."""
+        own = frozenset(self.stop_token_ids)
+        return own if self.ignore_eos else own | frozenset(self.eos_token_ids)
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Argmax of the raw logits: nothing has to be counted, masked or drawn."""
+        return self.temperature == 0 and not self.reshapes_logits
+
+    @property
+    def reshapes_logits(self) -> bool:
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1
+            or self.logit_bias
+            or self.allowed_token_ids is not None
+            or self.bad_token_ids
+            or self.min_tokens
+        )
+
+
+_RANGES = (
+    ("temperature", 0.0, 100.0),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("repetition_penalty", 0.0, 100.0),
+)
+_BIG = 2**31 - 1
+_INT_RANGES = (
+    ("n", 1, MAX_N),
+    ("top_k", -1, _BIG),
+    ("seed", -(2**63), 2**64 - 1),
+    ("min_tokens", 0, _BIG),
+    ("max_tokens", 1, _BIG),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+)
+_OPTIONAL_INTS = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
+PARAM_NAMES = tuple(f.name for f in fields(SamplingParams))

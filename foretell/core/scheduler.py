@@ -1,0 +1,373 @@
+"""The scheduler: what runs in the next step. Token budget, admission, preemption and ageing, once for every
+policy and every executor. It sees no clock: ages are counted in turns, so a replay decides the same."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from foretell.config import SchedulerConfig
+from foretell.core.blocks import BlockManager
+from foretell.core.messages import Added, Batch, Chunk, ChunkResult, Result, TokenLogprobs
+from foretell.core.policy import get_policy
+from foretell.core.request import Request, State
+from foretell.errors import ConfigError, InvalidRequestError
+
+AGED = -(2**62)  # the priority of a waiting request that was passed over too long
+
+
+@dataclass(slots=True)
+class Output:
+    """News of one request. ``finish_reason`` is None while it runs: then "stop", "length", "abort" or "error"."""
+
+    request_id: int
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_token: int | None = None  # the token id that stopped it, if one did
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one call of ``schedule`` decided, for records and for the twin test."""
+
+    turn: int
+    batch: Batch
+    preempted: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Requests in, batches out. ``depth`` and ``chain`` are the executor's: batches in flight, and sampled
+    tokens of one request that may be outstanding when its next token is scheduled."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, *, depth: int = 1, chain: int = 0) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.depth = depth
+        self.chain = chain
+        self.policy = get_policy(config.policy)
+        self.chunk_cap = min(
+            config.max_chunk_tokens or config.max_num_batched_tokens,
+            config.max_num_batched_tokens,
+            blocks.max_chunk_tokens,
+        )
+        if self.chunk_cap < 1:
+            raise ConfigError("the KV cache is smaller than one sliding window: raise kv_cache_bytes")
+        self.watermark_blocks = int(config.watermark * min(p.num_blocks for p in blocks.pools))
+        self.requests: dict[int, Request] = {}
+        self.running: list[Request] = []
+        self._waiting: list[tuple[tuple[int, int], int, Request]] = []  # heap by key
+        self._by_age: deque[tuple[int, Request]] = deque()  # (turn it began to wait, request), oldest first
+        self.num_waiting = 0
+        self.turn = 0
+        self._orders = 0
+        self._batches: dict[int, Batch] = {}
+        self._next_batch_id = 0
+        self._removed: list[int] = []
+        self._preempted: list[tuple[int, str]] = []
+        self.preemptions_by_reason: dict[str, int] = {}
+
+    # -- requests in and out ------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequestError if it could never run; nothing has changed then."""
+        limit = min(self.config.max_model_len, self.blocks.max_tokens_per_request)
+        if request.id in self.requests:
+            raise InvalidRequestError(f"request id {request.id} is in use")
+        if request.prompt_len == 0:
+            raise InvalidRequestError("the prompt is empty: send at least one token")
+        if request.prompt_len >= limit:
+            which = "context" if limit == self.config.max_model_len else "whole KV cache"
+            raise InvalidRequestError(
+                f"the prompt has {request.prompt_len} tokens and the {which} holds {limit}, of which one is for the "
+                f"answer: shorten the prompt or raise {'max_model_len' if which == 'context' else 'kv_cache_bytes'}"
+            )
+        wanted = request.params.max_tokens
+        request.max_total_tokens = limit if wanted is None else min(limit, request.prompt_len + wanted)
+        self._orders += 1
+        request.order = self._orders
+        request.key = (request.key[0], request.order)
+        self.requests[request.id] = request
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        request.state = State.WAITING
+        request.last_turn = self.turn
+        heapq.heappush(self._waiting, (request.key, request.order, request))
+        self._by_age.append((self.turn, request))
+        self.num_waiting += 1
+
+    def finish(self, request_id: int, reason: str) -> bool:
+        """End a request now, whatever it is doing; False if it is not there (any more)."""
+        request = self.requests.get(request_id)
+        if request is None or request.state is State.FINISHED:
+            return False
+        if request.state is State.RUNNING:
+            self.running.remove(request)
+            self._removed.append(request_id)
+        else:
+            self.num_waiting -= 1  # its heap entry is skipped when it comes up
+        request.state = State.FINISHED
+        request.finish_reason = reason
+        self._forget_if_idle(request)
+        return True
+
+    def _forget_if_idle(self, request: Request) -> None:
+        """A finished request holds its blocks until its last batch in flight has come back."""
+        if request.in_flight == 0:
+            self.blocks.release(request)
+            del self.requests[request.id]
+
+    def preempt(self, request_id: int, reason: str) -> bool:
+        """Take a running request's blocks and queue it again; it recomputes later. Not while in flight."""
+        request = self.requests.get(request_id)
+        if request is None or request.state is not State.RUNNING or request.in_flight:
+            return False
+        self.running.remove(request)
+        self.blocks.release(request)
+        request.planned = 0
+        request.preemptions += 1
+        self._removed.append(request.id)
+        self._preempted.append((request.id, reason))
+        self.preemptions_by_reason[reason] = self.preemptions_by_reason.get(reason, 0) + 1
+        self._enqueue(request)
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.running or self.num_waiting)
+
+    # -- schedule -----------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> Turn | None:
+        """The next batch, or None when nothing can be scheduled before a result or a request comes."""
+        self.turn += 1
+        plan = _Plan(self.config.max_num_batched_tokens, self._max_seqs_in_batch())
+        waiting_rank = self.policy.prefill_rank
+        for rank, _, request in sorted(self._ranked_running(), key=_by_rank_and_key):
+            if self.num_waiting:
+                self._admit_before((rank, request.key), waiting_rank, plan, now)
+            if plan.full:
+                break
+            if request.state is State.RUNNING:  # not preempted meanwhile by one before it
+                self._try_plan(request, plan)
+        self._admit_before(None, waiting_rank, plan, now)
+        return self._submit(plan)
+
+    def _submit(self, plan: _Plan) -> Turn | None:
+        if not plan.chunks:
+            return None
+        batch = Batch(self._next_batch_id, plan.chunks, plan.added, self._removed)
+        turn = Turn(self.turn, batch, self._preempted)
+        self._removed, self._preempted = [], []
+        self._next_batch_id += 1
+        self._batches[batch.id] = batch
+        return turn
+
+    def _max_seqs_in_batch(self) -> int:
+        """With a pipeline (several batches in flight, no chaining) each batch takes its share of the requests."""
+        if self.depth > 1 and self.chain == 0:
+            return max(1, -(-(len(self.running) + self.num_waiting) // self.depth))
+        return self.config.max_num_seqs
+
+    def _ranked_running(self) -> Iterable[tuple[int, tuple[int, int], Request]]:
+        """Running requests with something to compute; those passed over too long rank first."""
+        overdue = self.turn - self.config.starvation_turns
+        prefill_rank, decode_rank = self.policy.prefill_rank, self.policy.decode_rank
+        for request in self.running:
+            pending, planned, key = request.pending, request.planned, request.key
+            total = len(request.tokens) + pending
+            if pending > self.chain or planned >= total or (pending and total >= request.max_total_tokens):
+                continue  # nothing to compute yet, or its last token is on the way
+            prefill = planned < request.prefill_end
+            if request.last_turn <= overdue or (prefill and key[0] == AGED):
+                yield -1, key, request
+            else:
+                yield (prefill_rank if prefill else decode_rank), key, request
+
+    def _try_plan(self, request: Request, plan: _Plan) -> bool:
+        """Plan the request's next chunk if phase, budget and memory allow."""
+        prefill = request.planned < request.prefill_end
+        if not self.policy.mixes and plan.prefill is not None and plan.prefill != prefill:
+            return False
+        if plan.blocked_from is not None and request.key > plan.blocked_from:
+            return False
+        start, total = request.planned, request.num_tokens
+        length = min(total - start, plan.budget, self.chunk_cap)
+        if len(self.blocks.pools) > 1 or self.blocks.windows[0] is not None:
+            self.blocks.drop_outside_windows(request, start)
+        tables = request.blocks
+        held = [len(table) for table in tables]
+        while not self.blocks.extend(request, start + length):
+            if not self._preempt_for(request, plan):
+                plan.blocked_from = request.key
+                return False
+        new_blocks = tuple([tuple(table[n:]) for table, n in zip(tables, held, strict=True)])
+        self._append_chunk(request, length, new_blocks, plan)
+        plan.prefill = prefill
+        return True
+
+    def _append_chunk(
+        self, request: Request, length: int, new_blocks: tuple[tuple[int, ...], ...], plan: _Plan
+    ) -> None:
+        start = request.planned
+        sample = start + length == request.num_tokens
+        plan.chunks.append(Chunk(request.id, start, length, new_blocks, sample))
+        plan.budget -= length
+        request.planned = start + length
+        request.pending += sample
+        request.in_flight += 1
+        request.last_turn = self.turn
+
+    def _preempt_for(self, request: Request, plan: _Plan) -> bool:
+        """Preempt the last of the running requests behind this one; those in flight must return first."""
+        victims = [r for r in self.running if r.key > request.key and r.in_flight == 0]
+        return bool(victims) and self.preempt(max(victims, key=_key).id, "kv_blocks_exhausted")
+
+    # -- admission ----------------------------------------------------------------------------------
+
+    def _admit_before(
+        self, bound: tuple[int, tuple[int, int]] | None, rank: int, plan: _Plan, now: float
+    ) -> None:
+        """Admit waiting requests that rank before ``bound`` (None: all that fit). Strictly in order: one
+        that finds no room keeps those behind it waiting, or a large request would starve."""
+        while not plan.full and not plan.admission_closed:
+            request = self._next_waiting()
+            if request is None:
+                return
+            first = -1 if request.key[0] == AGED else rank
+            if bound is not None and (first, request.key) > bound:
+                return
+            if not self._admit(request, plan, now):
+                plan.admission_closed = True
+
+    def _next_waiting(self) -> Request | None:
+        self._promote_aged()
+        while self._waiting:
+            key, _, request = self._waiting[0]
+            if request.state is State.WAITING and key == request.key:
+                return request
+            heapq.heappop(self._waiting)
+        return None
+
+    def _promote_aged(self) -> None:
+        """A request that waited ``starvation_turns`` goes before all others, for good."""
+        while self._by_age:
+            since, request = self._by_age[0]
+            waits = request.state is State.WAITING and request.last_turn == since
+            if waits and self.turn - since < self.config.starvation_turns:
+                return
+            self._by_age.popleft()
+            if waits and request.key[0] != AGED:
+                request.key = (AGED, request.order)
+                heapq.heappush(self._waiting, (request.key, request.order, request))
+
+    def _admit(self, request: Request, plan: _Plan, now: float) -> bool:
+        if len(self.running) >= self.config.max_num_seqs or plan.blocked_from is not None:
+            return False
+        if not self.policy.mixes and plan.prefill is False:
+            return False
+        cached = self.blocks.find_cached(request)
+        spare = -self.blocks.shortage(request, cached, len(request.tokens)) - self._reserved_blocks()
+        if spare < (self.watermark_blocks if self.running else 0):
+            return False
+        self.blocks.attach(request, cached)
+        request.prefill_end = len(request.tokens)
+        first_blocks = tuple(tuple(table) for table in request.blocks)
+        request.state = State.RUNNING
+        if not self._try_plan(request, plan):
+            request.state = State.WAITING
+            self.blocks.release(request)
+            request.planned = 0
+            return False
+        self._finish_admission(request, first_blocks, plan, now)
+        return True
+
+    def _finish_admission(
+        self, request: Request, first_blocks: tuple[tuple[int, ...], ...], plan: _Plan, now: float
+    ) -> None:
+        heapq.heappop(self._waiting)
+        self.num_waiting -= 1
+        self.running.append(request)
+        chunk = plan.chunks[-1]
+        chunk.new_block_ids = tuple(
+            shared + new for shared, new in zip(first_blocks, chunk.new_block_ids, strict=True)
+        )
+        prompt_len = request.prompt_len
+        plan.added.append(
+            Added(request.id, request.params, request.tokens[:prompt_len], request.tokens[prompt_len:])
+        )
+        if request.first_scheduled is None:
+            request.first_scheduled = now
+
+    def _reserved_blocks(self) -> int:
+        """Blocks that running prompts have still to take: promised, though not held yet."""
+        size = self.config.block_size
+        return sum(
+            -(-r.prefill_end // size) - -(-r.planned // size) for r in self.running if r.planned < r.prefill_end
+        )
+
+    # -- update -------------------------------------------------------------------------------------
+
+    def update(self, result: Result) -> list[Output]:
+        """Take in a finished batch: accept tokens, publish prefix hashes, end what has ended."""
+        batch = self._batches.pop(result.batch_id)
+        by_request = {r.request_id: r for r in result.results}
+        outputs: list[Output] = []
+        for chunk in batch.chunks:
+            request = self.requests[chunk.request_id]
+            request.in_flight -= 1
+            request.pending -= chunk.sample
+            if request.state is State.FINISHED:
+                self._forget_if_idle(request)  # a token past the end is dropped
+                continue
+            request.last_turn = self.turn
+            news = by_request.get(chunk.request_id)
+            if news is not None:
+                outputs.append(self._accept(request, news))
+            if request.state is State.RUNNING:
+                self.blocks.publish(request, chunk.start + chunk.length)
+        return outputs
+
+    def _accept(self, request: Request, news: ChunkResult) -> Output:
+        output = Output(request.id, news.token_id, news.logprobs, news.prompt_logprobs, error=news.error)
+        if news.error is not None:
+            output.finish_reason = "error"
+        elif news.token_id is not None:
+            request.tokens.append(news.token_id)
+            if news.token_id in request.stop_ids and request.num_outputs > request.params.min_tokens:
+                output.finish_reason, output.stop_token = "stop", news.token_id
+            elif len(request.tokens) >= request.max_total_tokens:
+                output.finish_reason = "length"
+        if output.finish_reason is not None:
+            self.finish(request.id, output.finish_reason)
+        return output
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A batch in the making."""
+
+    budget: int
+    max_seqs: int
+    chunks: list[Chunk] = field(default_factory=list)
+    added: list[Added] = field(default_factory=list)
+    prefill: bool | None = None  # phase of the first request planned
+    blocked_from: tuple[int, int] | None = None  # a request of this key waits for blocks: none behind it goes
+    admission_closed: bool = False
+
+    @property
+    def full(self) -> bool:
+        return self.budget <= 0 or len(self.chunks) >= self.max_seqs
+
+
+def _by_rank_and_key(entry: tuple[int, tuple[int, int], Request]) -> tuple[int, tuple[int, int]]:
+    return entry[0], entry[1]
+
+
+def _key(request: Request) -> tuple[int, int]:
+    return request.key

@@ -1,0 +1,35 @@
+"""The executor interface: the only place where time passes. Swap it and the same brain serves real tokens,
+drives many devices, or runs a day of traffic in a second of virtual time."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from foretell.core.messages import Batch, Result
+
+
+class Executor(Protocol):
+    """``depth``: batches in flight. ``chain``: sampled tokens of one request that may be outstanding when its
+    next token is submitted. ``num_blocks``: KV blocks of each KV group, the executor's own answer to how much
+    fits. Batches are executed in the order of submission."""
+
+    depth: int
+    chain: int
+    num_blocks: tuple[int, ...]
+
+    @property
+    def now(self) -> float:
+        """Seconds on this executor's clock."""
+        ...
+
+    def submit(self, batch: Batch) -> None: ...
+
+    def wait(self, until: float | None) -> Result | None:
+        """The next finished batch; None when ``until`` came first, or ``wake`` was called meanwhile."""
+        ...
+
+    def wake(self) -> None:
+        """Make a ``wait`` in progress (or the next one) return. The only method another thread may call."""
+        ...
+
+    def close(self) -> None: ...

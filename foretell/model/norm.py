@@ -1,0 +1,38 @@
+"""The two normalisations, as callables that own their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foretell.config import Norm as NormKind
+from foretell.kernels.base import Kernels
+
+Norm = Callable[[Tensor], Tensor]  # [..., C] → [..., C]
+
+
+@dataclass(slots=True)
+class RMSNorm:
+    kernels: Kernels
+    weight: Tensor  # [C] float32
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(slots=True)
+class LayerNorm:
+    kernels: Kernels
+    weight: Tensor  # [C] float32
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def make_norm(kernels: Kernels, kind: NormKind, weight: Tensor, bias: Tensor | None, eps: float) -> Norm:
+    return RMSNorm(kernels, weight, eps) if kind == "rms" else LayerNorm(kernels, weight, bias, eps)
