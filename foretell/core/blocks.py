@@ -98,7 +98,9 @@ class BlockManager:
         hashes, size, tokens = request.hashes, self.block_size, request.tokens
         for i in range(len(hashes), num_tokens // size):
             parent = hashes[-1] if hashes else b""
-            hashes.append(blake2b(parent + array("q", tokens[i * size : (i + 1) * size]).tobytes(), digest_size=16).digest())
+            hashes.append(
+                blake2b(parent + array("q", tokens[i * size : (i + 1) * size]).tobytes(), digest_size=16).digest()
+            )
 
     def find_cached(self, request: Request) -> int:
         """Tokens of the longest usable cached prefix: always whole blocks, and never the last known token,
@@ -137,10 +139,10 @@ class BlockManager:
         for pool, window in zip(self.pools, self.windows, strict=True):
             first = 0 if window is None else self._first_needed(cached, window)
             revived = sum(1 for h in request.hashes[first:hits] if not pool.references[pool.cached[h]])
-            wanted = self.blocks_for(num_tokens) - hits
-            if window is not None:
+            wanted = self.blocks_for(num_tokens) - hits + revived
+            if window is not None:  # it gives blocks back as it goes on
                 wanted = min(wanted, self.blocks_for(window) + 1)
-            worst = max(worst, wanted + revived - pool.num_free)
+            worst = max(worst, wanted - pool.num_free)
         return worst
 
     def attach(self, request: Request, cached: int) -> None:

@@ -58,7 +58,11 @@ class Engine:
         """Accept a request. Raises InvalidRequestError, with nothing changed, if it could never run."""
         now = self.executor.now
         request = Request(
-            request_id, prompt_token_ids, params, priority=priority, arrival=now if arrival is None else arrival
+            request_id,
+            prompt_token_ids,
+            params,
+            priority=priority,
+            arrival=now if arrival is None else arrival,
         )
         self.scheduler.add(request)
         if self._on_event:

@@ -76,13 +76,19 @@ class SamplingParams:
             _check(_is_finite(value), f"{name} must be a finite number, got {value!r}")
             _check(low <= value <= high, f"{name} must be between {low:g} and {high:g}, got {value!r}")
         _check(self.top_p > 0, f"top_p must be above 0, got {self.top_p!r}; 1 keeps every token")
-        _check(self.repetition_penalty > 0, f"repetition_penalty must be above 0, got {self.repetition_penalty!r}")
+        _check(
+            self.repetition_penalty > 0,
+            f"repetition_penalty must be above 0, got {self.repetition_penalty!r}",
+        )
         for name, low_int, high_int in _INT_RANGES:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL_INTS:
                 continue
             _check(_is_int(value), f"{name} must be a whole number, got {value!r}")
-            _check(low_int <= value <= high_int, f"{name} must be between {low_int} and {high_int}, got {value!r}")
+            _check(
+                low_int <= value <= high_int,
+                f"{name} must be between {low_int} and {high_int}, got {value!r}",
+            )
         if self.max_tokens is not None:
             _check(
                 self.min_tokens <= self.max_tokens,
@@ -92,8 +98,14 @@ class SamplingParams:
     def _check_lists(self) -> None:
         _check(len(self.stop) <= MAX_STOPS, f"at most {MAX_STOPS} stop strings, got {len(self.stop)}")
         for text in (*self.stop, *self.bad_words):
-            _check(isinstance(text, str) and text != "", f"stop and bad_words need non-empty strings, got {text!r}")
-            _check(len(text) <= MAX_STOP_CHARS, f"a stop string or bad word is longer than {MAX_STOP_CHARS} characters")
+            _check(
+                isinstance(text, str) and text != "",
+                f"stop and bad_words need non-empty strings, got {text!r}",
+            )
+            _check(
+                len(text) <= MAX_STOP_CHARS,
+                f"a stop string or bad word is longer than {MAX_STOP_CHARS} characters",
+            )
         for token_id, bias in self.logit_bias.items():
             _check(_is_int(token_id) and token_id >= 0, f"logit_bias needs token ids ≥ 0, got {token_id!r}")
             _check(_is_finite(bias) and abs(bias) <= 100, f"logit_bias values lie in [-100, 100], got {bias!r}")

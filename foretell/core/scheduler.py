@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from foretell.config import SchedulerConfig
@@ -57,6 +56,8 @@ class Scheduler:
         )
         if self.chunk_cap < 1:
             raise ConfigError("the KV cache is smaller than one sliding window: raise kv_cache_bytes")
+        self.windowed = any(window is not None for window in blocks.windows)
+        self.no_blocks: tuple[tuple[int, ...], ...] = ((),) * len(blocks.pools)
         self.watermark_blocks = int(config.watermark * min(p.num_blocks for p in blocks.pools))
         self.requests: dict[int, Request] = {}
         self.running: list[Request] = []
@@ -148,10 +149,10 @@ class Scheduler:
         self.turn += 1
         plan = _Plan(self.config.max_num_batched_tokens, self._max_seqs_in_batch())
         waiting_rank = self.policy.prefill_rank
-        for rank, _, request in sorted(self._ranked_running(), key=_by_rank_and_key):
+        for rank, key, request in sorted(self._ranked_running()):  # keys are unique: requests are not compared
             if self.num_waiting:
-                self._admit_before((rank, request.key), waiting_rank, plan, now)
-            if plan.full:
+                self._admit_before((rank, key), waiting_rank, plan, now)
+            if plan.budget <= 0 or len(plan.chunks) >= plan.max_seqs:
                 break
             if request.state is State.RUNNING:  # not preempted meanwhile by one before it
                 self._try_plan(request, plan)
@@ -174,65 +175,69 @@ class Scheduler:
             return max(1, -(-(len(self.running) + self.num_waiting) // self.depth))
         return self.config.max_num_seqs
 
-    def _ranked_running(self) -> Iterable[tuple[int, tuple[int, int], Request]]:
+    def _ranked_running(self) -> list[tuple[int, tuple[int, int], Request]]:
         """Running requests with something to compute; those passed over too long rank first."""
         overdue = self.turn - self.config.starvation_turns
-        prefill_rank, decode_rank = self.policy.prefill_rank, self.policy.decode_rank
+        prefill_rank, decode_rank, chain = self.policy.prefill_rank, self.policy.decode_rank, self.chain
+        ranked = []
         for request in self.running:
             pending, planned, key = request.pending, request.planned, request.key
             total = len(request.tokens) + pending
-            if pending > self.chain or planned >= total or (pending and total >= request.max_total_tokens):
+            if pending > chain or planned >= total or (pending and total >= request.max_total_tokens):
                 continue  # nothing to compute yet, or its last token is on the way
             prefill = planned < request.prefill_end
             if request.last_turn <= overdue or (prefill and key[0] == AGED):
-                yield -1, key, request
+                ranked.append((-1, key, request))
             else:
-                yield (prefill_rank if prefill else decode_rank), key, request
+                ranked.append((prefill_rank if prefill else decode_rank, key, request))
+        return ranked
 
     def _try_plan(self, request: Request, plan: _Plan) -> bool:
         """Plan the request's next chunk if phase, budget and memory allow."""
-        prefill = request.planned < request.prefill_end
-        if not self.policy.mixes and plan.prefill is not None and plan.prefill != prefill:
+        start, pending = request.planned, request.pending
+        prefill = start < request.prefill_end
+        if prefill is not plan.prefill and plan.prefill is not None and not self.policy.mixes:
             return False
         if plan.blocked_from is not None and request.key > plan.blocked_from:
             return False
-        start, total = request.planned, request.num_tokens
-        length = min(total - start, plan.budget, self.chunk_cap)
-        if len(self.blocks.pools) > 1 or self.blocks.windows[0] is not None:
+        length = remaining = len(request.tokens) + pending - start
+        if length > 1:
+            length = min(length, plan.budget, self.chunk_cap)
+        if self.windowed:
             self.blocks.drop_outside_windows(request, start)
-        tables = request.blocks
-        held = [len(table) for table in tables]
-        while not self.blocks.extend(request, start + length):
-            if not self._preempt_for(request, plan):
+        if length == 1 and start % self.config.block_size:
+            new_blocks = self.no_blocks  # its place is in a block it holds: the usual case of a decode
+        else:
+            new_blocks = self._take_blocks(request, start + length)
+            if not new_blocks:
                 plan.blocked_from = request.key
                 return False
-        new_blocks = tuple([tuple(table[n:]) for table, n in zip(tables, held, strict=True)])
-        self._append_chunk(request, length, new_blocks, plan)
-        plan.prefill = prefill
-        return True
-
-    def _append_chunk(
-        self, request: Request, length: int, new_blocks: tuple[tuple[int, ...], ...], plan: _Plan
-    ) -> None:
-        start = request.planned
-        sample = start + length == request.num_tokens
+        sample = length == remaining
         plan.chunks.append(Chunk(request.id, start, length, new_blocks, sample))
         plan.budget -= length
+        plan.prefill = prefill
         request.planned = start + length
-        request.pending += sample
+        request.pending = pending + sample
         request.in_flight += 1
         request.last_turn = self.turn
+        return True
 
-    def _preempt_for(self, request: Request, plan: _Plan) -> bool:
+    def _take_blocks(self, request: Request, num_tokens: int) -> tuple[tuple[int, ...], ...]:
+        """New blocks per group for the first ``num_tokens`` tokens, preempting if need be; () if there are none."""
+        held = [len(table) for table in request.blocks]
+        while not self.blocks.extend(request, num_tokens):
+            if not self._preempt_for(request):
+                return ()
+        return tuple([tuple(table[n:]) for table, n in zip(request.blocks, held, strict=True)])
+
+    def _preempt_for(self, request: Request) -> bool:
         """Preempt the last of the running requests behind this one; those in flight must return first."""
         victims = [r for r in self.running if r.key > request.key and r.in_flight == 0]
         return bool(victims) and self.preempt(max(victims, key=_key).id, "kv_blocks_exhausted")
 
     # -- admission ----------------------------------------------------------------------------------
 
-    def _admit_before(
-        self, bound: tuple[int, tuple[int, int]] | None, rank: int, plan: _Plan, now: float
-    ) -> None:
+    def _admit_before(self, bound: tuple[int, tuple[int, int]] | None, rank: int, plan: _Plan, now: float) -> None:
         """Admit waiting requests that rank before ``bound`` (None: all that fit). Strictly in order: one
         that finds no room keeps those behind it waiting, or a large request would starve."""
         while not plan.full and not plan.admission_closed:
@@ -298,9 +303,7 @@ class Scheduler:
             shared + new for shared, new in zip(first_blocks, chunk.new_block_ids, strict=True)
         )
         prompt_len = request.prompt_len
-        plan.added.append(
-            Added(request.id, request.params, request.tokens[:prompt_len], request.tokens[prompt_len:])
-        )
+        plan.added.append(Added(request.id, request.params, request.tokens[:prompt_len], request.tokens[prompt_len:]))
         if request.first_scheduled is None:
             request.first_scheduled = now
 
@@ -318,6 +321,7 @@ class Scheduler:
         batch = self._batches.pop(result.batch_id)
         by_request = {r.request_id: r for r in result.results}
         outputs: list[Output] = []
+        block_size = self.config.block_size
         for chunk in batch.chunks:
             request = self.requests[chunk.request_id]
             request.in_flight -= 1
@@ -329,19 +333,22 @@ class Scheduler:
             news = by_request.get(chunk.request_id)
             if news is not None:
                 outputs.append(self._accept(request, news))
-            if request.state is State.RUNNING:
-                self.blocks.publish(request, chunk.start + chunk.length)
+            computed = chunk.start + chunk.length
+            if computed // block_size > request.published and request.state is State.RUNNING:
+                self.blocks.publish(request, computed)
         return outputs
 
     def _accept(self, request: Request, news: ChunkResult) -> Output:
-        output = Output(request.id, news.token_id, news.logprobs, news.prompt_logprobs, error=news.error)
+        token_id, tokens = news.token_id, request.tokens
+        output = Output(request.id, token_id, news.logprobs, news.prompt_logprobs)
         if news.error is not None:
+            output.error = news.error
             output.finish_reason = "error"
-        elif news.token_id is not None:
-            request.tokens.append(news.token_id)
-            if news.token_id in request.stop_ids and request.num_outputs > request.params.min_tokens:
-                output.finish_reason, output.stop_token = "stop", news.token_id
-            elif len(request.tokens) >= request.max_total_tokens:
+        elif token_id is not None:
+            tokens.append(token_id)
+            if token_id in request.stop_ids and request.num_outputs > request.params.min_tokens:
+                output.finish_reason, output.stop_token = "stop", token_id
+            elif len(tokens) >= request.max_total_tokens:
                 output.finish_reason = "length"
         if output.finish_reason is not None:
             self.finish(request.id, output.finish_reason)
@@ -363,10 +370,6 @@ class _Plan:
     @property
     def full(self) -> bool:
         return self.budget <= 0 or len(self.chunks) >= self.max_seqs
-
-
-def _by_rank_and_key(entry: tuple[int, tuple[int, int], Request]) -> tuple[int, tuple[int, int]]:
-    return entry[0], entry[1]
 
 
 def _key(request: Request) -> tuple[int, int]:
