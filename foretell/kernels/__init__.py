@@ -6,6 +6,8 @@ import os
 
 from foretell.errors import ConfigError
 from foretell.kernels.base import Kernels
+from foretell.kernels.cpu import CpuKernels
+from foretell.kernels.cpu_build import BuildError
 from foretell.kernels.reference import ReferenceKernels
 
 __all__ = ["Kernels", "get_kernels"]
@@ -21,6 +23,13 @@ def get_kernels(name: str = "auto", *, device: str = "cpu", batch_invariant: boo
         name = os.environ.get("FORETELL_KERNELS") or "auto"
     if name == "reference":
         return ReferenceKernels()
-    if name == "auto":
-        return ReferenceKernels("the C++ kernels are not built yet")
+    if name == "auto" and device != "cpu":
+        return ReferenceKernels(f"the C++ kernels run on the CPU, not on {device}")
+    if name in ("auto", "cpu"):
+        try:
+            return CpuKernels()
+        except BuildError as error:
+            if name == "cpu":
+                raise ConfigError(f"the cpu kernels cannot be used: {error}") from error
+            return ReferenceKernels(str(error))
     raise ConfigError(f"no kernel backend is called {name!r}: choose auto, cpu or reference")

@@ -90,9 +90,7 @@ class Kernels(Protocol):
         """Store k, v [M, G, D] (strided views allowed) at the context's slots, in the cache's dtype."""
         ...
 
-    def attention(
-        self, q: Tensor, kv: KVLayer, context: BatchContext, scale: float, window: int | None
-    ) -> Tensor:
+    def attention(self, q: Tensor, kv: KVLayer, context: BatchContext, scale: float, window: int | None) -> Tensor:
         """Causal softmax(scale · Q·Kᵀ)·V over the paged cache; q [M, H, D] → [M, H·D].
 
         Token at position p of its sequence sees keys j with j ≤ p and, with a window, j > p - window.

@@ -74,8 +74,8 @@ class ReferenceKernels:
         half = cos.shape[-1]
         c, s = cos.unsqueeze(1), sin.unsqueeze(1)
         low, high = x[..., :half].float(), x[..., half : 2 * half].float()
-        x[..., :half] = (low * c - high * s).to(x.dtype)
-        x[..., half : 2 * half] = (high * c + low * s).to(x.dtype)
+        rotated = torch.cat((low * c - high * s, high * c + low * s), dim=-1)
+        x[..., : 2 * half] = rotated.to(x.dtype)
 
     def write_kv(self, k: Tensor, v: Tensor, kv: KVLayer, context: BatchContext) -> None:
         slots = context.groups[kv.group].slots
@@ -84,9 +84,7 @@ class ReferenceKernels:
         kv.k[block, :, offset] = k.to(kv.k.dtype)
         kv.v[block, :, offset] = v.to(kv.v.dtype)
 
-    def attention(
-        self, q: Tensor, kv: KVLayer, context: BatchContext, scale: float, window: int | None
-    ) -> Tensor:
+    def attention(self, q: Tensor, kv: KVLayer, context: BatchContext, scale: float, window: int | None) -> Tensor:
         tables = context.groups[kv.group].block_tables
         if context.max_query_len == 1 and q.shape[0] == tables.shape[0]:
             return _decode_attention(q, kv, tables, context, scale, window)
@@ -101,9 +99,7 @@ class ReferenceKernels:
         return out.flatten(1)
 
 
-def _chunk_attention(
-    q: Tensor, kv: KVLayer, table: Tensor, kv_len: int, scale: float, window: int | None
-) -> Tensor:
+def _chunk_attention(q: Tensor, kv: KVLayer, table: Tensor, kv_len: int, scale: float, window: int | None) -> Tensor:
     """Rows q [n, H, D] of one sequence, the last of which sees keys up to kv_len - 1."""
     n, block_size = q.shape[0], kv.k.shape[2]
     first_key = 0 if window is None else max(0, kv_len - n - window + 1)

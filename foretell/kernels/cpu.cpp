@@ -1,0 +1,86 @@
+// The entry points that Python calls with plain addresses. Built at first use, see cpu_build.py.
+#include "cpu_common.h"
+#include "cpu_elementwise.h"
+#include "cpu_linear.h"
+
+namespace foretell {
+int g_threads = 1;
+
+template <class F>
+void with_format(int format, F f) {
+  if (format == kFloat32) f(F32{});
+  else if (format == kBFloat16) f(BF16{});
+  else f(F16{});
+}
+
+template <int A>
+void activate(const float* x, const float* up, i64 rows, i64 n, i64 stride, float* y) {
+#pragma omp parallel for num_threads(team(rows* n, kElementsPerThread))
+  for (i64 r = 0; r < rows; r++) act_row<A>(x + r * stride, up ? up + r * stride : nullptr, n, y + r * n);
+}
+}  // namespace foretell
+
+using namespace foretell;
+
+extern "C" {
+
+void ft_set_threads(int n) { g_threads = n < 1 ? 1 : n; }
+
+i64 ft_packed_words(i64 N, i64 K, int format) {
+  i64 per_word = format == kFloat32 ? 1 : 2;
+  return (N + NR - 1) / NR * NR * ((K + per_word - 1) / per_word);
+}
+
+void ft_pack_weight(const char* w, i64 N, i64 K, i64 row_bytes, int format, uint32_t* out) {
+  with_format(format, [&](auto f) { pack_weight<decltype(f)>(w, N, K, row_bytes, out); });
+}
+
+void ft_linear(const float* x, i64 ldx, i64 M, i64 N, i64 K, const uint32_t* w, const float* bias, float* y,
+               int format) {
+  with_format(format, [&](auto f) { multiply<decltype(f)>({x, ldx, M, N, K, w, bias, y}); });
+}
+
+// Rows in two levels, heads within tokens, as a strided view of qkv has them.
+void ft_rms_norm(const float* x, const float* w, i64 outer, i64 inner, i64 far, i64 near, i64 C, float eps,
+                 float* y) {
+#pragma omp parallel for num_threads(team(outer* inner* C, kElementsPerThread))
+  for (i64 o = 0; o < outer; o++)
+    for (i64 i = 0; i < inner; i++) rms_norm_row(x + o * far + i * near, w, C, eps, y + (o * inner + i) * C);
+}
+
+void ft_layer_norm(const float* x, const float* w, const float* b, i64 rows, i64 C, i64 stride, float eps, float* y) {
+#pragma omp parallel for num_threads(team(rows* C, kElementsPerThread))
+  for (i64 r = 0; r < rows; r++) layer_norm_row(x + r * stride, w, b, C, eps, y + r * C);
+}
+
+void ft_activate(const float* x, const float* up, i64 rows, i64 n, i64 stride, int kind, float* y) {
+  if (kind == kSilu) activate<kSilu>(x, up, rows, n, stride, y);
+  else if (kind == kGelu) activate<kGelu>(x, up, rows, n, stride, y);
+  else if (kind == kGeluTanh) activate<kGeluTanh>(x, up, rows, n, stride, y);
+  else activate<kRelu>(x, up, rows, n, stride, y);
+}
+
+void ft_rope(float* x, i64 tokens, i64 heads, i64 token_stride, i64 head_stride, const float* cos, const float* sin,
+             i64 R) {
+#pragma omp parallel for num_threads(team(tokens* heads* R * 2, kElementsPerThread))
+  for (i64 t = 0; t < tokens; t++)
+    for (i64 h = 0; h < heads; h++)
+      rope_head(x + t * token_stride + h * head_stride, cos + t * R, sin + t * R, R);
+}
+
+// x [M, G, D] → cache [blocks, G, block_size, D] at slots.
+void ft_write_cache(const float* x, i64 token_stride, i64 head_stride, i64 M, i64 G, i64 D, const i64* slots,
+                    i64 block_size, void* cache, int format) {
+  with_format(format, [&](auto f) {
+    using T = decltype(f);
+    auto* out = static_cast<typename T::T*>(cache);
+#pragma omp parallel for num_threads(team(M* G* D, kElementsPerThread))
+    for (i64 t = 0; t < M; t++)
+      for (i64 g = 0; g < G; g++) {
+        i64 block = slots[t] / block_size, offset = slots[t] % block_size;
+        narrow_row<T>(x + t * token_stride + g * head_stride, D, out + ((block * G + g) * block_size + offset) * D);
+      }
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,154 @@
+"""The C++ kernels behind the ``Kernels`` interface: float32 activations, weights and cache in three formats.
+
+A call costs a few microseconds in Python, so arguments are plain addresses and whatever a weight needs is
+looked up once, when it is packed. Inputs the C++ side does not take (other dtypes, odd strides) go to the
+reference kernels or are copied first.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from foretell.config import Activation
+from foretell.kernels.base import BatchContext, KVLayer, Linear
+from foretell.kernels.cpu_build import load_library
+from foretell.kernels.reference import ReferenceKernels
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+_P, _L, _I, _F = c_void_p, c_int64, c_int, c_float
+SIGNATURES = {
+    "ft_set_threads": (_I,),
+    "ft_packed_words": (_L, _L, _I),
+    "ft_pack_weight": (_P, _L, _L, _L, _I, _P),
+    "ft_linear": (_P, _L, _L, _L, _L, _P, _P, _P, _I),
+    "ft_rms_norm": (_P, _P, _L, _L, _L, _L, _L, _F, _P),
+    "ft_layer_norm": (_P, _P, _P, _L, _L, _L, _F, _P),
+    "ft_activate": (_P, _P, _L, _L, _L, _I, _P),
+    "ft_rope": (_P, _L, _L, _L, _L, _P, _P, _L),
+    "ft_write_cache": (_P, _L, _L, _L, _L, _L, _P, _L, _P, _I),
+}
+
+
+class CpuLinear:
+    """A weight packed in panels of 32 columns; the only copy, in the dtype it came in."""
+
+    __slots__ = ("_bias", "_bias_ptr", "_call", "_format", "_packed", "_packed_ptr", "in_features", "out_features")
+
+    def __init__(self, lib: CDLL, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        weight = weight.detach()
+        if weight.stride(1) != 1:
+            weight = weight.contiguous()
+        self._format = FORMATS[weight.dtype]
+        words = lib.ft_packed_words(self.out_features, self.in_features, self._format)
+        self._packed = torch.empty(words, dtype=torch.int32)
+        self._packed_ptr = self._packed.data_ptr()
+        row_bytes = weight.stride(0) * weight.element_size()
+        lib.ft_pack_weight(
+            weight.data_ptr(), self.out_features, self.in_features, row_bytes, self._format, self._packed_ptr
+        )
+        self._bias = None if bias is None else bias.detach().float().clone()
+        self._bias_ptr = None if self._bias is None else self._bias.data_ptr()
+        self._call = lib.ft_linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.float32:
+            return self(x.float()).to(x.dtype)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        rows, N, K = x.shape[0], self.out_features, self.in_features
+        assert x.shape[1] == K
+        y = torch.empty(rows, N)
+        self._call(
+            x.data_ptr(), x.stride(0), rows, N, K,
+            self._packed_ptr, self._bias_ptr, y.data_ptr(), self._format,
+        )  # fmt: skip
+        return y
+
+
+class CpuKernels(ReferenceKernels):
+    """Threads are those torch has at construction, in one pool shared with it."""
+
+    name = "cpu"
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+        self._lib = load_library()
+        for function, arguments in SIGNATURES.items():
+            getattr(self._lib, function).argtypes = arguments
+            getattr(self._lib, function).restype = None
+        self._lib.ft_packed_words.restype = c_int64
+        self._lib.ft_set_threads(torch.get_num_threads())
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        if weight.dtype not in FORMATS or weight.device.type != "cpu":
+            return super().pack_linear(weight, bias)
+        return CpuLinear(self._lib, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
+            return super().rms_norm(x, weight, eps)
+        C = x.shape[-1]
+        if x.dim() == 3 and x.stride(2) == 1:  # heads of a qkv view, normalised without a copy
+            outer, inner, far, near = x.shape[0], x.shape[1], x.stride(0), x.stride(1)
+        elif x.dim() == 2 and x.stride(1) == 1:
+            outer, inner, far, near = x.shape[0], 1, x.stride(0), 0
+        else:
+            x = x.contiguous()
+            outer, inner, far, near = x.numel() // C, 1, C, 0
+        y = torch.empty(x.shape)
+        self._lib.ft_rms_norm(x.data_ptr(), weight.data_ptr(), outer, inner, far, near, C, eps, y.data_ptr())
+        return y
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        if any(t is not None and t.dtype is not torch.float32 for t in (x, weight, bias)):
+            return super().layer_norm(x, weight, bias, eps)
+        x, C = x.contiguous(), x.shape[-1]
+        y = torch.empty_like(x)
+        bias_ptr = None if bias is None else bias.data_ptr()
+        self._lib.ft_layer_norm(x.data_ptr(), weight.data_ptr(), bias_ptr, x.numel() // C, C, C, eps, y.data_ptr())
+        return y
+
+    def activate(self, x: Tensor, kind: Activation) -> Tensor:
+        if x.dtype is not torch.float32:
+            return super().activate(x, kind)
+        x, C = x.contiguous(), x.shape[-1]
+        y = torch.empty_like(x)
+        self._lib.ft_activate(x.data_ptr(), None, x.numel() // C, C, C, ACTIVATIONS[kind], y.data_ptr())
+        return y
+
+    def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
+        if gate_up.dtype is not torch.float32:
+            return super().gated_activation(gate_up, kind)
+        if gate_up.stride(1) != 1:
+            gate_up = gate_up.contiguous()
+        rows, F = gate_up.shape[0], gate_up.shape[1] // 2
+        y, gate = torch.empty(rows, F), gate_up.data_ptr()
+        self._lib.ft_activate(gate, gate + 4 * F, rows, F, gate_up.stride(0), ACTIVATIONS[kind], y.data_ptr())
+        return y
+
+    def rope_(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        if x.dtype is not torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
+            return super().rope_(x, cos, sin)
+        tokens, heads = x.shape[0], x.shape[1]
+        self._lib.ft_rope(
+            x.data_ptr(), tokens, heads, x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), cos.shape[1]
+        )
+        return None
+
+    def write_kv(self, k: Tensor, v: Tensor, kv: KVLayer, context: BatchContext) -> None:
+        if k.dtype is not torch.float32 or v.dtype is not torch.float32:
+            return super().write_kv(k, v, kv, context)
+        M, G, D = k.shape
+        slots, form = context.groups[kv.group].slots.data_ptr(), FORMATS[kv.k.dtype]
+        for x, cache in ((k, kv.k), (v, kv.v)):
+            self._lib.ft_write_cache(
+                x.data_ptr(), x.stride(0), x.stride(1), M, G, D, slots, context.block_size,
+                cache.data_ptr(), form,
+            )  # fmt: skip
+        return None
