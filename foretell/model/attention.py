@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from foretell.kernels.base import BatchContext, Kernels, KVLayer, Linear
@@ -30,9 +31,7 @@ class Attention:
     k_norm: Norm | None = None
     norm_heads: bool = True  # q_norm/k_norm see one head at a time; False: the whole projection
 
-    def __call__(
-        self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer
-    ) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Tensor:
         """x [M, h] → [M, h]; the tokens' keys and values stay behind in the cache, the queries do not."""
         q, k, v = self.project(x)
         if rotation is not None:
@@ -45,7 +44,7 @@ class Attention:
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [M, h] → q [M, H, D], k [M, G, D], v [M, G, D]: views of one product, x · [W_q W_k W_v]ᵀ."""
         heads = self.qkv(x).view(len(x), -1, self.head_dim)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return self._normed(q, self.q_norm), self._normed(k, self.k_norm), v
 
     def _normed(self, x: Tensor, norm: Norm | None) -> Tensor:

@@ -31,9 +31,7 @@ class Block:
     residual_multiplier: float = 1.0
     parallel: bool = False  # both halves read the same x (GPT-J's form, used by GPT-NeoX and Falcon)
 
-    def __call__(
-        self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer
-    ) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Tensor:
         """x [M, h] → [M, h]."""
         if self.parallel:
             attended = self.attention(self.attention_norm(x), rotation, context, kv)
@@ -54,9 +52,7 @@ class SharedNormBlock:
     mlp: MLP
     norm: Norm
 
-    def __call__(
-        self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer
-    ) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Tensor:
         """x [M, h] → [M, h]."""
         normed = self.norm(x)
         return x + self.attention(normed, rotation, context, kv) + self.mlp(normed)

@@ -1,0 +1,132 @@
+"""Canonical weights on demand: read from a file and checked, or made up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from foretell.config import ModelSpec
+from foretell.errors import ModelFormatError
+from foretell.model.families import tensor_naming
+from foretell.model.gguf_adapter import gguf_architecture, gguf_naming
+from foretell.model.naming import Naming, Source
+from foretell.model.parameters import weight_shapes
+from foretell.store.tensors import TensorSource
+
+
+class Weights(Protocol):
+    """What the builder reads from. A shard of the model is a Weights around a Weights."""
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The weight of this canonical name, for the caller to copy or keep, not to write to."""
+        ...
+
+
+def naming_of(source: TensorSource, spec: ModelSpec) -> Naming:
+    """What the file calls the weights, by its format."""
+    if source.format == "gguf":
+        return gguf_naming(gguf_architecture(source.metadata), source.names())
+    return tensor_naming(spec)
+
+
+class FileWeights:
+    """Weights of a tensor source. Names and shapes are checked at once, before anything is read."""
+
+    def __init__(self, source: TensorSource, spec: ModelSpec) -> None:
+        self.source = source
+        self.shapes = weight_shapes(spec)
+        names = set(source.names())
+        naming = naming_of(source, spec)
+        self.sources = naming.sources(spec, names)
+        _check(self.sources, source, names, _ignored(naming, spec))
+        # A fused tensor is asked for part by part, one after the other: keep the last one read.
+        self._last: tuple[str, torch.dtype, Tensor] | None = None
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        place = self.sources[name]
+        tensor = self._read_raw(place, dtype)
+        if place.transform is not None:
+            tensor = place.transform(tensor)
+        assert tuple(tensor.shape) == self.shapes[name], f"{name}: the transform gave {tuple(tensor.shape)}"
+        return tensor
+
+    def _read_raw(self, place: Source, dtype: torch.dtype) -> Tensor:
+        if self._last is not None and self._last[:2] == (place.name, dtype):
+            return self._last[2]
+        self._last = None  # let go of the former one first
+        tensor = self.source.read(place.name, dtype)
+        # A sum is not finite when any element is not, and costs one pass over memory.
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            raise ModelFormatError(f"tensor {place.name!r} holds NaN or infinite values; fetch the model again")
+        if place.transform is not None:
+            self._last = (place.name, dtype, tensor)
+        return tensor
+
+
+def _ignored(naming: Naming, spec: ModelSpec) -> re.Pattern[str]:
+    """Tensors that may be there without being read; a tied head is the embedding, whatever the file adds."""
+    patterns = list(naming.ignored)
+    if spec.tied_embeddings:
+        patterns.append(re.escape(naming.head) + r"\.weight")
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or r"(?!)")
+
+
+def _check(
+    sources: dict[str, Source], source: TensorSource, names: Collection[str], ignored: re.Pattern[str]
+) -> None:
+    for place in sources.values():
+        if place.name not in names:
+            raise ModelFormatError(f"tensor {place.name!r} {list(place.shape)} is missing from the model files")
+        found = tuple(source.shape(place.name))
+        if found != place.shape:
+            raise ModelFormatError(
+                f"tensor {place.name!r} has shape {list(found)}, expected {list(place.shape)} by the model's config"
+            )
+    wanted = {place.name for place in sources.values()}
+    unexpected = sorted(name for name in names if name not in wanted and not ignored.fullmatch(name))
+    if unexpected:
+        shape = list(source.shape(unexpected[0]))
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        raise ModelFormatError(
+            f"unexpected tensor {unexpected[0]!r} {shape}{more}: the model's config does not account for it"
+        )
+
+
+class DummyWeights:
+    """Small random weights of the right shapes, for speed work: norms 1, biases 0, the rest within ±0.02·√3.
+
+    One random block is repeated rather than drawn anew, so that billions of weights take seconds; every
+    weight still has memory of its own once packed.
+    """
+
+    BLOCK = (1 << 20) + 7  # odd, so that repetitions do not align with rows
+
+    def __init__(self, spec: ModelSpec, seed: int) -> None:
+        self.shapes = weight_shapes(spec)
+        generator = torch.Generator().manual_seed(seed)
+        self.block = (torch.rand(self.BLOCK, generator=generator) - 0.5) * (0.04 * 3**0.5)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        shape = self.shapes[name]
+        if name.endswith(".bias"):
+            return torch.zeros(shape, dtype=dtype)
+        if "norm" in name:
+            return torch.ones(shape, dtype=dtype)
+        size = torch.Size(shape).numel()
+        start = hash_of(name) % self.BLOCK
+        tensor = torch.empty(size, dtype=dtype)
+        block = self.block.roll(-start).to(dtype)
+        for begin in range(0, size, self.BLOCK):
+            tensor[begin : begin + self.BLOCK] = block[: size - begin]
+        return tensor.view(shape)
+
+
+def hash_of(name: str) -> int:
+    """A hash of the text that is the same in every process."""
+    import zlib
+
+    return zlib.crc32(name.encode())
