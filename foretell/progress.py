@@ -1,0 +1,34 @@
+"""Progress bars, on stderr so that output stays clean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def generation_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Counts finished requests and output tokens per second; yields a function to call with each one's tokens."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]} output tok/s"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("generating", total=total, rate="…")
+        started, tokens = time.monotonic(), 0
+
+        def advance(num_tokens: int) -> None:
+            nonlocal tokens
+            tokens += num_tokens
+            rate = tokens / max(1e-9, time.monotonic() - started)
+            bar.update(task, advance=1, rate=f"{rate:,.0f}")
+
+        yield advance

@@ -1,0 +1,90 @@
+"""Prompts and parameters as callers give them → what the engine takes, with every check that needs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from foretell.core.params import SamplingParams
+from foretell.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from foretell.store import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class PromptPreparer:
+    """Tokenises, checks ids against the vocabulary, and completes sampling parameters for one model."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int], seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(sorted(eos_token_ids))
+        self._seeds = Random(seed)
+
+    def token_ids(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """Raises InvalidRequestError for an empty prompt, ids outside the vocabulary, or text without a tokenizer."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequestError("this model has no tokenizer: give the prompt as a list of token ids")
+            ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        else:
+            ids = [int(i) if _is_index(i) else _bad_id(i) for i in prompt]
+        if not ids:
+            raise InvalidRequestError("the prompt is empty: send at least one token")
+        worst = max(ids, key=lambda i: i if i >= 0 else self.vocab_size - i)
+        if not 0 <= worst < self.vocab_size:
+            raise InvalidRequestError(f"token id {worst} is outside the vocabulary of {self.vocab_size}")
+        return ids
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """The same, with the model's end tokens, bad words as ids, and a seed of its own if it has none."""
+        for name in ("allowed_token_ids", "stop_token_ids"):
+            for token_id in getattr(params, name) or ():
+                if token_id >= self.vocab_size:
+                    raise InvalidRequestError(f"{name}: {token_id} is outside the vocabulary of {self.vocab_size}")
+        for token_id in params.logit_bias:
+            if token_id >= self.vocab_size:
+                raise InvalidRequestError(f"logit_bias: {token_id} is outside the vocabulary of {self.vocab_size}")
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            raise InvalidRequestError("stop strings and bad_words need a tokenizer: use stop_token_ids or logit_bias")
+        changes: dict[str, Any] = {"eos_token_ids": tuple(params.eos_token_ids) or self.eos_token_ids}
+        if params.seed is None:
+            changes["seed"] = self._seeds.getrandbits(63)
+        if params.bad_words:
+            changes["bad_token_ids"] = (*params.bad_token_ids, *self._bad_ids(params.bad_words))
+        return replace(params, **changes)
+
+    def _bad_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Each word as it tokenises at the start of a text and after a space."""
+        assert self.tokenizer is not None
+        found = {
+            tuple(self.tokenizer.encode(form, add_special_tokens=False))
+            for word in words
+            for form in (word, " " + word.lstrip())
+        }
+        return [list(ids) for ids in sorted(found) if ids]
+
+
+def _is_index(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _bad_id(value: object) -> int:
+    raise InvalidRequestError(f"a prompt is text or a list of token ids, got an element {value!r}")
+
+
+def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """(list of prompts, whether the caller gave just one). A flat list of integers is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts], True
+    items = list(prompts)
+    if items and all(_is_index(item) for item in items):
+        return [items], True
+    for item in items:
+        if not isinstance(item, (str, Sequence)) and not hasattr(item, "__iter__"):
+            raise InvalidRequestError(f"a prompt is text or a list of token ids, got {type(item).__name__}")
+    return items, False
