@@ -38,13 +38,15 @@ void tile(const float* x, const uint32_t* w, i64 panel_words, i64 words, float* 
         __builtin_prefetch(row + 16 * NR);
         __builtin_prefetch(row + 16 * NR + 16);
       }
-      UNROLL for (int v = 0; v < V; v++) {
-        vu word = load(row + v * W);
-        vf low = T::low(word);
-        UNROLL for (int m = 0; m < MR; m++) acc[m][p * V + v] = fma(splat(x[m]), low, acc[m][p * V + v]);
-        if (T::per_word == 2) {
-          vf high = T::high(word);
-          UNROLL for (int m = 0; m < MR; m++) acc[m][p * V + v] = fma(splat(x[MR + m]), high, acc[m][p * V + v]);
+      // A number of x is loaded once for all of the panel: this order needs the fewest registers.
+      vu word[V];
+      UNROLL for (int v = 0; v < V; v++) word[v] = load(row + v * W);
+      UNROLL for (int h = 0; h < T::per_word; h++) {
+        vf weight[V];
+        UNROLL for (int v = 0; v < V; v++) weight[v] = h ? T::high(word[v]) : T::low(word[v]);
+        UNROLL for (int m = 0; m < MR; m++) {
+          vf factor = splat(x[h * MR + m]);
+          UNROLL for (int v = 0; v < V; v++) acc[m][p * V + v] = fma(factor, weight[v], acc[m][p * V + v]);
         }
       }
     }
