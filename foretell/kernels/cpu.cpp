@@ -1,4 +1,5 @@
 // The entry points that Python calls with plain addresses. Built at first use, see cpu_build.py.
+#include "cpu_attention.h"
 #include "cpu_common.h"
 #include "cpu_elementwise.h"
 #include "cpu_linear.h"
@@ -81,6 +82,14 @@ void ft_write_cache(const float* x, i64 token_stride, i64 head_stride, i64 M, i6
         narrow_row<T>(x + t * token_stride + g * head_stride, D, out + ((block * G + g) * block_size + offset) * D);
       }
   });
+}
+
+void ft_attention(const float* q, i64 q_token_stride, i64 q_head_stride, const void* k, const void* v,
+                  const int32_t* tables, i64 table_stride, const int32_t* query_starts, const int32_t* kv_lens, i64 S,
+                  i64 H, i64 G, i64 D, i64 block_size, i64 window, float scale, float* out, int format) {
+  AttentionArgs a{q, q_token_stride, q_head_stride, k, v, tables, table_stride, query_starts, kv_lens,
+                  S, H, G, D, block_size, window, scale, out};
+  with_format(format, [&](auto f) { attend<decltype(f)>(a); });
 }
 
 }  // extern "C"

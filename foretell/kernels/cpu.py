@@ -30,6 +30,7 @@ SIGNATURES = {
     "ft_layer_norm": (_P, _P, _P, _L, _L, _L, _F, _P),
     "ft_activate": (_P, _P, _L, _L, _L, _I, _P),
     "ft_rope": (_P, _L, _L, _L, _L, _P, _P, _L),
+    "ft_attention": (_P, _L, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _L, _F, _P, _I),
     "ft_write_cache": (_P, _L, _L, _L, _L, _L, _P, _L, _P, _I),
 }
 
@@ -83,6 +84,7 @@ class CpuKernels(ReferenceKernels):
             getattr(self._lib, function).argtypes = arguments
             getattr(self._lib, function).restype = None
         self._lib.ft_packed_words.restype = c_int64
+        self._checked: BatchContext | None = None
         self._lib.ft_set_threads(torch.get_num_threads())
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
@@ -144,6 +146,8 @@ class CpuKernels(ReferenceKernels):
     def write_kv(self, k: Tensor, v: Tensor, kv: KVLayer, context: BatchContext) -> None:
         if k.dtype is not torch.float32 or v.dtype is not torch.float32:
             return super().write_kv(k, v, kv, context)
+        if context is not self._checked:
+            self._check(context)
         M, G, D = k.shape
         slots, form = context.groups[kv.group].slots.data_ptr(), FORMATS[kv.k.dtype]
         for x, cache in ((k, kv.k), (v, kv.v)):
@@ -152,3 +156,27 @@ class CpuKernels(ReferenceKernels):
                 cache.data_ptr(), form,
             )  # fmt: skip
         return None
+
+    def _check(self, context: BatchContext) -> None:
+        """Addresses carry no types: a context of other integers must not be read as these."""
+        tables = [group.block_tables for group in context.groups]
+        assert all(t.dtype is torch.int32 and t.stride(1) == 1 for t in tables)
+        assert all(t.dtype is torch.int32 and t.stride(0) == 1 for t in (context.query_starts, context.kv_lens))
+        assert all(g.slots.dtype is torch.int64 and g.slots.stride(0) == 1 for g in context.groups)
+        self._checked = context
+
+    def attention(self, q: Tensor, kv: KVLayer, context: BatchContext, scale: float, window: int | None) -> Tensor:
+        if q.dtype is not torch.float32:
+            return super().attention(q, kv, context, scale, window)
+        if context is not self._checked:
+            self._check(context)
+        M, H, D = q.shape
+        tables = context.groups[kv.group].block_tables
+        out = torch.empty(M, H * D)
+        self._lib.ft_attention(
+            q.data_ptr(), q.stride(0), q.stride(1), kv.k.data_ptr(), kv.v.data_ptr(),
+            tables.data_ptr(), tables.stride(0), context.query_starts.data_ptr(), context.kv_lens.data_ptr(),
+            tables.shape[0], H, kv.k.shape[1], D, context.block_size, window or 0, scale,
+            out.data_ptr(), FORMATS[kv.k.dtype],
+        )  # fmt: skip
+        return out

@@ -167,11 +167,19 @@ INLINE uint16_t float_to_bf16(float x) {  // to nearest, ties to even
   return uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
 }
 
+INLINE vu spread(const uint16_t* p) {  // W halves, one to a word
+  typedef uint16_t vh __attribute__((vector_size(W * 2)));
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, vu);
+}
+
 struct F32 {
   typedef float T;
   static constexpr int per_word = 1;
   static INLINE vf low(vu w) { return (vf)w; }
   static INLINE vf high(vu w) { return (vf)w; }  // never called: one number per word
+  static INLINE vf load_run(const float* p) { return load(p); }
   static INLINE float widen(float x) { return x; }
   static INLINE float narrow(float x) { return x; }
 };
@@ -181,6 +189,7 @@ struct BF16 {
   static constexpr int per_word = 2;
   static INLINE vf low(vu w) { return (vf)(w << 16); }
   static INLINE vf high(vu w) { return (vf)(w & 0xffff0000u); }
+  static INLINE vf load_run(const uint16_t* p) { return (vf)(spread(p) << 16); }
   static INLINE float widen(uint16_t x) { return bf16_to_float(x); }
   static INLINE uint16_t narrow(float x) { return float_to_bf16(x); }
 };
@@ -204,6 +213,7 @@ struct F16 {
   }
   static INLINE vf low(vu w) { return halves(w & 0xffffu); }
   static INLINE vf high(vu w) { return halves(w >> 16); }
+  static INLINE vf load_run(const uint16_t* p) { return halves(spread(p)); }
   static INLINE float widen(uint16_t x) { return f16_to_float(x); }
   static INLINE uint16_t narrow(float x) { return float_to_f16(x); }
 };
