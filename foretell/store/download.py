@@ -112,9 +112,7 @@ def _to_part(wanted: Wanted, part: Path, advance: Callable[[int, int | None], No
         return _resume(client, wanted, part, advance)
 
 
-def _resume(
-    client: httpx.Client, wanted: Wanted, part: Path, advance: Callable[[int, int | None], None]
-) -> str:
+def _resume(client: httpx.Client, wanted: Wanted, part: Path, advance: Callable[[int, int | None], None]) -> str:
     have = part.stat().st_size if part.exists() else 0
     validator = _read_validator(part)
     headers = {"Accept-Encoding": "identity"}  # a resumed offset counts stored bytes, not decoded ones
@@ -128,16 +126,12 @@ def _resume(
             if total == str(have):
                 return _hash_of(part)
             _discard(part)
-            raise DownloadError(
-                f"{shown(wanted.url)} changed since its download began; run again to fetch it anew"
-            )
+            raise DownloadError(f"{shown(wanted.url)} changed since its download began; run again to fetch it anew")
         _check_status(response, wanted.url)
         start = have if response.status_code == 206 and _starts_at(response, have) else 0
         if start == 0:
             if response.status_code == 206:
-                raise DownloadError(
-                    f"{shown(wanted.url)} answered with another part than asked for; run again"
-                )
+                raise DownloadError(f"{shown(wanted.url)} answered with another part than asked for; run again")
             _write_validator(part, response)
         left = response.headers.get("content-length", "")
         total_bytes = start + int(left) if left.isdigit() else None
@@ -192,14 +186,10 @@ def _http_errors(url: str) -> Iterator[None]:
     try:
         yield
     except httpx.TimeoutException:
-        raise DownloadError(
-            f"{shown(url)} did not answer in time; run again (a partial download resumes)"
-        ) from None
+        raise DownloadError(f"{shown(url)} did not answer in time; run again (a partial download resumes)") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DownloadError(
-            f"{shown(url)} failed: {why}; check the network and run again to resume"
-        ) from None
+        raise DownloadError(f"{shown(url)} failed: {why}; check the network and run again to resume") from None
 
 
 def _check_status(response: httpx.Response, url: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -67,7 +68,19 @@ class GGUFHeader:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Reads and validates the header of ``path``. ModelFormatError when it is damaged, truncated or foreign."""
+    """Reads and validates the header of ``path``. ModelFormatError when it is damaged, truncated or foreign.
+
+    The last header is remembered: at a start the configuration, the weights and the tokenizer each ask for it.
+    """
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise ModelNotFoundError(f"{path} cannot be opened: {error.strerror}; check the path") from None
+    return _read(path, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, size: int, mtime_ns: int, inode: int) -> GGUFHeader:
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -77,8 +90,6 @@ def read_header(path: Path) -> GGUFHeader:
                 )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
                 return _Parser(view, size, path.name).parse()
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"{path} does not exist; check the path") from None
     except OSError as error:
         raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}") from None
 
@@ -113,9 +124,7 @@ class _Parser:
             if tensor.name in tensors:
                 raise self._bad(f"tensor {tensor.name!r} appears twice")
             start = data_start + tensor.offset
-            tensors[tensor.name] = GGUFTensor(
-                tensor.name, tensor.shape, tensor.quant_type, start, tensor.nbytes
-            )
+            tensors[tensor.name] = GGUFTensor(tensor.name, tensor.shape, tensor.quant_type, start, tensor.nbytes)
         self._check_extents(tensors)
         return GGUFHeader(version, MappingProxyType(metadata), MappingProxyType(tensors))
 
@@ -266,6 +275,4 @@ class _Parser:
         )
 
     def _bad(self, why: str) -> ModelFormatError:
-        return ModelFormatError(
-            f"{self.name} is no valid GGUF file: {why}; fetch it again or convert it anew"
-        )
+        return ModelFormatError(f"{self.name} is no valid GGUF file: {why}; fetch it again or convert it anew")

