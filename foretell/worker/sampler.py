@@ -168,7 +168,7 @@ def _keep_nucleus(probs: Tensor, states: list[RequestState]) -> Tensor:
         values = torch.where(inside, values.double(), 0.0)
         total = values.sum(-1, keepdim=True)
         # the candidates suffice when each row's top-k or nucleus ends within them
-        if width == vocab or bool(((top_k <= width) | (total >= top_p)).all()):
+        if width == vocab or bool(((top_k <= width) | ((top_k == vocab) & (total >= top_p))).all()):
             break
         width = min(vocab, width * 16)
     before = values.cumsum(-1) - values
