@@ -1,0 +1,120 @@
+"""The floor under a step: the bytes it must move and the operations it must do, over what the hardware gives.
+
+Two kinds of terms, as in the model itself. The linear layers and the MLP see each token alone: their cost
+takes the token count and nothing else. Attention compares each token with its past: its cost takes KV lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from foretell.config import ModelSpec
+from foretell.core.messages import Batch
+from foretell.cost.hardware import BYTES_PER_ELEMENT, Hardware
+from foretell.model.parameters import count_parameters
+
+MATRICES = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down")
+
+
+class Span(Protocol):
+    """What matters of a batch's chunk."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def sample(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkShape:
+    """Tokens [start, start + length) of one sequence; ``sample``: its last one goes through the head."""
+
+    start: int
+    length: int
+    sample: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What one step must read, write and compute, by kind."""
+
+    weight_bytes: float
+    kv_bytes: float
+    linear_flops: float
+    attention_flops: float
+
+    @property
+    def bytes(self) -> float:
+        return self.weight_bytes + self.kv_bytes
+
+    @property
+    def flops(self) -> float:
+        return self.linear_flops + self.attention_flops
+
+
+class FloorCost:
+    """Seconds at least, of a batch on this hardware: callable, so that a virtual executor can take it."""
+
+    def __init__(self, spec: ModelSpec, hardware: Hardware, dtype: str, *, weight_bytes_per_parameter: float = 0):
+        """``dtype``: of the KV cache and, unless ``weight_bytes_per_parameter`` says otherwise, the weights."""
+        element = BYTES_PER_ELEMENT[dtype]
+        counts = count_parameters(spec)
+        self.head_parameters = spec.vocab_size * spec.hidden_size
+        self.layer_parameters = counts.per_layer * counts.num_layers + counts.final_norm
+        self.bytes_per_parameter = weight_bytes_per_parameter or element
+        self.row_bytes = spec.hidden_size * self.bytes_per_parameter
+        self.matrix_parameters = counts.num_layers * sum(counts.layer.get(part, 0) for part in MATRICES)
+        kv_bytes_per_token_layer = 2 * spec.num_kv_heads * spec.head_dim * element
+        flops_per_pair_layer = 4 * spec.num_heads * spec.head_dim  # Q·K and the weighting of V, 2 each
+        self.kv_groups = [
+            (group.window, len(group.layers) * kv_bytes_per_token_layer, len(group.layers) * flops_per_pair_layer)
+            for group in spec.kv_groups
+        ]
+        self.read_bytes_per_second = hardware.read_bytes_per_second
+        self.flops_per_second = hardware.rate(dtype)
+
+    def __call__(self, batch: Batch) -> float:
+        return self.seconds(self.work(batch.chunks))
+
+    def seconds(self, work: StepWork) -> float:
+        """max(bytes ÷ bandwidth, FLOPs ÷ rate): perfect overlap of reading and computing."""
+        return max(work.bytes / self.read_bytes_per_second, work.flops / self.flops_per_second)
+
+    def work(self, chunks: Iterable[Span]) -> StepWork:
+        """Weights are read once for all tokens, the head only when something is sampled, and of the input
+        embedding only the tokens' rows. Keys and values of the past are read, those of new tokens written."""
+        num_tokens = num_sampled = 0
+        kv_bytes = attention_flops = 0.0
+        for chunk in chunks:
+            num_tokens += chunk.length
+            num_sampled += chunk.sample
+            for window, bytes_per_token, flops_per_pair in self.kv_groups:
+                past = chunk.start if window is None else min(chunk.start, window - 1)
+                kv_bytes += (past + chunk.length) * bytes_per_token
+                attention_flops += visible_pairs(chunk.start, chunk.length, window) * flops_per_pair
+        weights = self.layer_parameters + (self.head_parameters if num_sampled else 0)
+        return StepWork(
+            weight_bytes=weights * self.bytes_per_parameter + num_tokens * self.row_bytes,
+            kv_bytes=kv_bytes,
+            linear_flops=2.0 * (self.matrix_parameters * num_tokens + self.head_parameters * num_sampled),
+            attention_flops=attention_flops,
+        )
+
+
+def visible_pairs(start: int, length: int, window: int | None) -> int:
+    """Query-key pairs of causal attention for positions [start, start + length): each token sees itself and
+    what is before it, within the window."""
+    end = start + length
+    if window is None or end <= window:
+        return _triangle(end) - _triangle(start)
+    growing = max(0, window - start)  # positions that still see everything before them
+    return _triangle(start + growing) - _triangle(start) + (length - growing) * window
+
+
+def _triangle(n: int) -> int:
+    """1 + 2 + … + n."""
+    return n * (n + 1) // 2

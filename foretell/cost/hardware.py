@@ -1,0 +1,84 @@
+"""What this machine gives at best: memory reads and matrix products, measured in about a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+BUFFER_BYTES = 256 * 2**20  # larger than any cache a few cores have to themselves
+ROWS, WIDTH = 512, 2048  # of the measured product [512, 2048] · [2048, 2048]: a prompt chunk and a middling layer
+SECONDS_EACH = 0.2
+
+BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Best rates seen with ``num_threads`` threads; ``flops_per_second`` by the dtype of the product."""
+
+    num_threads: int
+    read_bytes_per_second: float
+    flops_per_second: Mapping[str, float]
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s for weights of this dtype: they may always be widened, so never less than float32 gives."""
+        wide = self.flops_per_second["float32"]
+        return max(wide, self.flops_per_second.get(dtype, wide))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "flops_per_second": dict(self.flops_per_second)}
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in self.flops_per_second.items())
+        return f"{self.num_threads} threads read {self.read_bytes_per_second / 1e9:.1f} GB/s, {rates}"
+
+
+def measure_hardware() -> Hardware:
+    """This process's machine with torch's current number of threads; measured once for each number."""
+    import torch
+
+    return _measure(torch.get_num_threads())
+
+
+@cache
+def _measure(num_threads: int) -> Hardware:
+    import torch
+
+    with torch.inference_mode():
+        return Hardware(
+            num_threads,
+            _read_rate(),
+            {name: _product_rate(getattr(torch, name)) for name in ("float32", "bfloat16")},
+        )
+
+
+def _read_rate() -> float:
+    """Bytes per second of the better of two ways to read a buffer once and write next to nothing."""
+    import torch
+
+    rows = torch.empty(BUFFER_BYTES // (4 * 4096), 4096).fill_(1.0)
+    vector = torch.ones(4096)
+    return BUFFER_BYTES / min(_best_seconds(lambda: rows @ vector), _best_seconds(rows.sum))
+
+
+def _product_rate(dtype: Any) -> float:
+    import torch
+
+    x, weight = torch.ones(ROWS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
+    return 2 * ROWS * WIDTH * WIDTH / _best_seconds(lambda: torch.nn.functional.linear(x, weight))
+
+
+def _best_seconds(run: Callable[[], object]) -> float:
+    """The shortest of as many runs as fit the time, after one to warm up: what is left out is interference."""
+    run()
+    best, stop = float("inf"), time.perf_counter() + SECONDS_EACH
+    while True:
+        started = time.perf_counter()
+        run()
+        ended = time.perf_counter()
+        best = min(best, ended - started)
+        if ended >= stop:
+            return best
