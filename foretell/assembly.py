@@ -117,8 +117,7 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
     kernels = get_kernels(options.kernels, batch_invariant=options.batch_invariant)
     phases.done("kernels")
     spec = spec_for(files)
-    dtype_name = resolve_dtype(options.dtype, files)
-    dtype = getattr(torch, dtype_name)
+    dtype = resolve_dtype(options.dtype, files)
     max_model_len = _max_model_len(options, spec)
     if options.load_format == "dummy":
         model = load_dummy(spec, kernels, dtype, options.seed)
@@ -155,7 +154,7 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
         spec=spec,
         tokenizer=tokenizer,
         engine=engine,
-        dtype=dtype_name,
+        dtype=str(dtype).removeprefix("torch."),
         kv_bytes=sum(n * size for n, size in zip(num_blocks, sizes, strict=True)),
         kv_bytes_per_token=spec.kv_bytes_per_token(dtype.itemsize),
         weight_bytes=count_parameters(spec).total * dtype.itemsize,

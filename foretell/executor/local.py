@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -34,7 +35,7 @@ class LocalExecutor:
 
     def wait(self, until: float | None) -> Result | None:
         if not self._queue:
-            timeout = None if until is None else max(0.0, until - self.now)
+            timeout = None if until is None or until == math.inf else max(0.0, until - self.now)
             self._woken.wait(timeout)
             self._woken.clear()
             return None
