@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from foretell.config import ModelSpec
 from foretell.errors import ModelFormatError, UnsupportedModelError
 from foretell.model.families import check_spec, resolve_spec
@@ -77,6 +75,8 @@ def gguf_spec(source: TensorSource) -> ModelSpec:
         return spec
     if spec.rope.scaling != "none":
         raise UnsupportedModelError(f"GGUF rope scaling {spec.rope.scaling} with rope_freqs is not implemented")
+    import torch  # here alone: `inspect` reads other GGUF headers without it
+
     divisors = source.read("rope_freqs.weight", torch.float32).flatten().tolist()
     spec = replace(spec, rope=replace(spec.rope, freq_divisors=tuple(divisors)))
     check_spec(spec, "GGUF rope_freqs.weight")
