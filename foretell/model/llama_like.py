@@ -94,12 +94,15 @@ def _common(
         "head_dim": dim,
         "vocab_size": config.integer("vocab_size"),
         "max_position_embeddings": config.integer("max_position_embeddings", positions),
-        "windows": config.windows(layers, None, [False] * layers),
         "norm_eps": config.number("rms_norm_eps", eps),
         "activation": config.activation("hidden_act", "silu"),
         "attention_scale": dim**-0.5,
         "tied_embeddings": config.flag("tie_word_embeddings", tied),
     }
+
+
+def _all_full(config: ConfigReader, fields: dict[str, Any]) -> tuple[int | None, ...]:
+    return config.windows(fields["num_layers"], None, [False] * fields["num_layers"])
 
 
 def _rope(config: ConfigReader, fields: dict[str, Any]) -> RopeSpec:
@@ -111,6 +114,7 @@ def llama(config: ConfigReader) -> ModelSpec:
     bias = config.flag("attention_bias", False)
     return ModelSpec(
         **fields,
+        windows=_all_full(config, fields),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=config.flag("mlp_bias", False),
@@ -166,6 +170,7 @@ def granite(config: ConfigReader) -> ModelSpec:
     fields["attention_scale"] = config.number("attention_multiplier", 1.0)
     return ModelSpec(
         **fields,
+        windows=_all_full(config, fields),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=config.flag("mlp_bias", False),
@@ -181,7 +186,13 @@ def olmo2(config: ConfigReader) -> ModelSpec:
     fields = _common(config, "olmo2", eps=1e-5)
     bias = config.flag("attention_bias", False)
     return ModelSpec(
-        **fields, norm_placement="post", qk_norm="full", qkv_bias=bias, o_bias=bias, rope=_rope(config, fields)
+        **fields,
+        windows=_all_full(config, fields),
+        norm_placement="post",
+        qk_norm="full",
+        qkv_bias=bias,
+        o_bias=bias,
+        rope=_rope(config, fields),
     )
 
 

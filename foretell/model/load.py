@@ -1,162 +1,102 @@
-"""From weight files to a transformer, tensor by tensor: read, cast, pack, free."""
+"""From model files to a transformer, tensor by tensor: read, cast, pack, free."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import prod
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from foretell.config import ModelSpec
-from foretell.kernels.base import Kernels, Linear
-from foretell.model.attention import Attention
-from foretell.model.block import Block, SharedNormBlock
-from foretell.model.mlp import MLP, GatedMLP, PlainMLP
-from foretell.model.norm import Norm, make_norm
-from foretell.model.parameters import layer_norm_names, layer_prefix, weight_shapes
-from foretell.model.transformer import Embedding, Head, Transformer
-from foretell.model.weights import DummyWeights, FileWeights, Weights
-from foretell.store.tensors import TensorSource
+from foretell.errors import ConfigError, ModelFormatError
+from foretell.kernels.base import Kernels
+from foretell.model.build import Builder, Progress
+from foretell.model.families import resolve_spec
+from foretell.model.gguf_adapter import gguf_spec
+from foretell.model.transformer import Transformer
+from foretell.model.weights import DummyWeights, FileWeights
+from foretell.store import ModelFiles, open_tensors
 
-Progress = Callable[[int, int], None]  # parameters loaded, parameters in all
+if TYPE_CHECKING:
+    from foretell.store.tensors import TensorSource
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL_FLOAT32_BYTES = 200_000_000
+
+
+def spec_for(files: ModelFiles) -> ModelSpec:
+    """The architecture of these files, from config.json or GGUF metadata. Same errors as resolve_spec."""
+    if files.format == "gguf":
+        return gguf_spec(open_tensors(files))
+    if files.config is None:
+        raise ModelFormatError(f"{files.name} has no config.json, so its architecture is unknown")
+    return resolve_spec(files.config)
+
+
+def resolve_dtype(name: str, files: ModelFiles) -> torch.dtype:
+    """The dtype to keep weights in. "auto" is bfloat16, except for small checkpoints in float32 alone:
+    those lose nothing worth saving by staying what they are."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ConfigError(f"dtype {name!r} is not known: choose auto, {', '.join(DTYPES)}")
+    if files.format == "none" or files.size_bytes >= SMALL_FLOAT32_BYTES:
+        return torch.bfloat16
+    source = open_tensors(files)
+    stored = {_stored_as(source, name) for name in source.names()}
+    return torch.float32 if stored == {"F32"} else torch.bfloat16
+
+
+def _stored_as(source: TensorSource, name: str) -> str:
+    from foretell.store.gguf_file import GGUFSource
+    from foretell.store.safetensors_file import SafetensorsSource
+
+    if isinstance(source, GGUFSource):
+        return source.quant_type(name)
+    return source.stored_dtype(name) if isinstance(source, SafetensorsSource) else "?"
 
 
 def load_model(
-    source: TensorSource, spec: ModelSpec, kernels: Kernels, dtype: torch.dtype, progress: Progress | None = None
+    files: ModelFiles | TensorSource,
+    spec: ModelSpec,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    *,
+    activation_dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    layers: range | None = None,
 ) -> Transformer:
-    """The model of this spec with its weights from the source, kept in ``dtype`` (norms and biases float32).
+    """The model of this spec, its weights kept in ``dtype`` (norms and biases in float32).
 
-    Peak memory is the packed weights plus about one tensor. Raises ModelFormatError naming the tensor
-    that is missing, misshaped, unexpected or not finite.
+    ``layers`` limits it to a pipeline stage. Peak memory is the packed weights plus about one tensor.
+    Raises ModelFormatError naming the tensor that is missing, misshaped, unexpected or not finite.
     """
-    return Builder(spec, FileWeights(source, spec), kernels, dtype, progress=progress).build()
+    source = open_tensors(files) if isinstance(files, ModelFiles) else files
+    weights = FileWeights(source, spec)
+    return Builder(
+        spec,
+        weights,
+        kernels,
+        dtype,
+        activation_dtype=activation_dtype,
+        device=device,
+        layers=layers,
+        progress=progress,
+    ).build()
 
 
-def load_dummy(spec: ModelSpec, kernels: Kernels, dtype: torch.dtype, seed: int = 0) -> Transformer:
+def load_dummy(
+    spec: ModelSpec,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    activation_dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    layers: range | None = None,
+) -> Transformer:
     """The model of this spec with small random weights: as much memory and work as a real one."""
-    return Builder(spec, DummyWeights(spec, seed), kernels, dtype).build()
-
-
-class Builder:
-    """Puts a transformer together from canonical weights.
-
-    ``layers`` limits it to a pipeline stage: the embedding comes with the first layer, final norm and head
-    with the last. ``spec`` may be a shard's (fewer heads), with ``weights`` to match.
-    """
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: Weights,
-        kernels: Kernels,
-        dtype: torch.dtype,
-        *,
-        activation_dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-        layers: range | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        self.spec, self.weights, self.kernels, self.dtype = spec, weights, kernels, dtype
-        self.activation_dtype = activation_dtype
-        self.device = device or torch.device("cpu")
-        self.layers = layers if layers is not None else range(spec.num_layers)
-        self.shapes = weight_shapes(spec)
-        self.progress = progress
-        self.loaded = 0
-        self.total = sum(prod(shape) for name, shape in self.shapes.items() if self._holds(name))
-
-    def build(self) -> Transformer:
-        spec, layers = self.spec, self.layers
-        first, last = layers.start == 0, layers.stop == spec.num_layers
-        table = None
-        if first or (last and spec.tied_embeddings):
-            table = self.tensor("embedding.weight", self.dtype)
-        return Transformer(
-            spec=spec,
-            embedding=self.embedding(table) if first and table is not None else None,
-            head=self.head(table) if last else None,
-            blocks=[self.block(layer) for layer in layers],
-            final_norm=self.norm("final_norm") if last else None,
-            first_layer=layers.start,
-        )
-
-    def embedding(self, table: Tensor) -> Embedding:
-        positions = self.tensor("positions.weight", self.dtype) if self.spec.learned_positions else None
-        own = table.clone() if table.device.type == "cpu" else table  # not the mapped file
-        return Embedding(own, positions, self.spec.embedding_multiplier, self.activation_dtype)
-
-    def head(self, embedding: Tensor | None) -> Head:
-        if self.spec.tied_embeddings:
-            assert embedding is not None
-            bias = self.tensor("lm_head.bias", torch.float32) if self.spec.lm_head_bias else None
-            return Head(self.kernels.pack_linear(embedding, bias), self.spec.logits_divisor)
-        return Head(self.linear("lm_head"), self.spec.logits_divisor)
-
-    def block(self, layer: int) -> Block | SharedNormBlock:
-        spec, prefix = self.spec, layer_prefix(layer)
-        norms = {name: self.norm(prefix + name) for name in layer_norm_names(spec)}
-        attention, mlp = self.attention(layer), self.mlp(layer)
-        if spec.shared_block_norm:
-            return SharedNormBlock(attention, mlp, norms["attention_norm"])
-        return Block(
-            attention, mlp, **norms, residual_multiplier=spec.residual_multiplier, parallel=spec.parallel_block
-        )
-
-    def attention(self, layer: int) -> Attention:
-        spec, prefix = self.spec, layer_prefix(layer) + "attention."
-        normed = spec.qk_norm != "none"
-        return Attention(
-            kernels=self.kernels,
-            qkv=self.linear(prefix + "q", prefix + "k", prefix + "v"),
-            o=self.linear(prefix + "o"),
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            scale=spec.attention_scale,
-            window=spec.windows[layer],
-            q_norm=self.rms_norm(prefix + "q_norm") if normed else None,
-            k_norm=self.rms_norm(prefix + "k_norm") if normed else None,
-            norm_heads=spec.qk_norm == "head",
-        )
-
-    def mlp(self, layer: int) -> MLP:
-        spec, prefix = self.spec, layer_prefix(layer) + "mlp."
-        if spec.gated_mlp:
-            gate_up = self.linear(prefix + "gate", prefix + "up")
-            return GatedMLP(self.kernels, gate_up, self.linear(prefix + "down"), spec.activation)
-        return PlainMLP(self.kernels, self.linear(prefix + "up"), self.linear(prefix + "down"), spec.activation)
-
-    def linear(self, *parts: str) -> Linear:
-        """The parts' rows stacked into one product."""
-        weights = [self.tensor(f"{part}.weight", self.dtype) for part in parts]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        bias = None
-        if f"{parts[0]}.bias" in self.shapes:
-            bias = torch.cat([self.tensor(f"{part}.bias", torch.float32) for part in parts])
-        return self.kernels.pack_linear(weight, bias)
-
-    def norm(self, name: str) -> Norm:
-        weight = self.tensor(f"{name}.weight", torch.float32).clone()  # not the mapped file
-        bias = self.tensor(f"{name}.bias", torch.float32).clone() if self.spec.norm_bias else None
-        return make_norm(self.kernels, self.spec.norm, weight, bias, self.spec.norm_eps)
-
-    def rms_norm(self, name: str) -> Norm:
-        weight = self.tensor(f"{name}.weight", torch.float32).clone()
-        return make_norm(self.kernels, "rms", weight, None, self.spec.norm_eps)
-
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = self.weights.read(name, dtype).to(self.device)
-        self.loaded += tensor.numel()
-        if self.progress is not None:
-            self.progress(self.loaded, self.total)
-        return tensor
-
-    def _holds(self, name: str) -> bool:
-        """Whether this stage reads the weight."""
-        if name.startswith("layers."):
-            return int(name.split(".", 2)[1]) in self.layers
-        first, last = self.layers.start == 0, self.layers.stop == self.spec.num_layers
-        if name.startswith("embedding."):
-            return first or (last and self.spec.tied_embeddings)
-        return first if name.startswith("positions.") else last
+    weights = DummyWeights(spec, seed)
+    return Builder(
+        spec, weights, kernels, dtype, activation_dtype=activation_dtype, device=device, layers=layers
+    ).build()

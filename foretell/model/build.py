@@ -1,0 +1,145 @@
+"""Puts a transformer together from canonical weights: stack, pack, and let go of each before the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from foretell.config import ModelSpec
+from foretell.kernels.base import Kernels, Linear
+from foretell.model.attention import Attention
+from foretell.model.block import Block, SharedNormBlock
+from foretell.model.mlp import MLP, GatedMLP, PlainMLP
+from foretell.model.norm import Norm, make_norm
+from foretell.model.parameters import layer_norm_names, layer_prefix, weight_shapes
+from foretell.model.transformer import Embedding, Head, Transformer
+from foretell.model.weights import Weights
+
+Progress = Callable[[int, int], None]  # parameters loaded, parameters in all
+
+
+class Builder:
+    """Puts a transformer together from canonical weights.
+
+    ``layers`` limits it to a pipeline stage: the embedding comes with the first layer, final norm and head
+    with the last. ``spec`` may be a shard's (fewer heads), with ``weights`` to match.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        *,
+        activation_dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        layers: range | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.spec, self.weights, self.kernels, self.dtype = spec, weights, kernels, dtype
+        self.activation_dtype = activation_dtype
+        self.device = device or torch.device("cpu")
+        self.layers = layers if layers is not None else range(spec.num_layers)
+        self.shapes = weight_shapes(spec)
+        self.progress = progress
+        self.loaded = 0
+        self.total = sum(prod(shape) for name, shape in self.shapes.items() if self._holds(name))
+
+    def build(self) -> Transformer:
+        spec, layers = self.spec, self.layers
+        first, last = layers.start == 0, layers.stop == spec.num_layers
+        table = None
+        if first or (last and spec.tied_embeddings):
+            table = self.tensor("embedding.weight", self.dtype)
+        return Transformer(
+            spec=spec,
+            embedding=self.embedding(table) if first and table is not None else None,
+            head=self.head(table) if last else None,
+            blocks=[self.block(layer) for layer in layers],
+            final_norm=self.norm("final_norm") if last else None,
+            first_layer=layers.start,
+        )
+
+    def embedding(self, table: Tensor) -> Embedding:
+        positions = self.tensor("positions.weight", self.dtype) if self.spec.learned_positions else None
+        own = table.clone() if table.device.type == "cpu" else table  # not the mapped file
+        return Embedding(own, positions, self.spec.embedding_multiplier, self.activation_dtype)
+
+    def head(self, embedding: Tensor | None) -> Head:
+        if self.spec.tied_embeddings:
+            assert embedding is not None
+            bias = self.tensor("lm_head.bias", torch.float32) if self.spec.lm_head_bias else None
+            return Head(self.kernels.pack_linear(embedding, bias), self.spec.logits_divisor)
+        return Head(self.linear("lm_head"), self.spec.logits_divisor)
+
+    def block(self, layer: int) -> Block | SharedNormBlock:
+        spec, prefix = self.spec, layer_prefix(layer)
+        norms = {name: self.norm(prefix + name) for name in layer_norm_names(spec)}
+        attention, mlp = self.attention(layer), self.mlp(layer)
+        if spec.shared_block_norm:
+            return SharedNormBlock(attention, mlp, norms["attention_norm"])
+        return Block(
+            attention, mlp, **norms, residual_multiplier=spec.residual_multiplier, parallel=spec.parallel_block
+        )
+
+    def attention(self, layer: int) -> Attention:
+        spec, prefix = self.spec, layer_prefix(layer) + "attention."
+        normed = spec.qk_norm != "none"
+        return Attention(
+            kernels=self.kernels,
+            qkv=self.linear(prefix + "q", prefix + "k", prefix + "v"),
+            o=self.linear(prefix + "o"),
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            scale=spec.attention_scale,
+            window=spec.windows[layer],
+            q_norm=self.rms_norm(prefix + "q_norm") if normed else None,
+            k_norm=self.rms_norm(prefix + "k_norm") if normed else None,
+            norm_heads=spec.qk_norm == "head",
+        )
+
+    def mlp(self, layer: int) -> MLP:
+        spec, prefix = self.spec, layer_prefix(layer) + "mlp."
+        if spec.gated_mlp:
+            gate_up = self.linear(prefix + "gate", prefix + "up")
+            return GatedMLP(self.kernels, gate_up, self.linear(prefix + "down"), spec.activation)
+        return PlainMLP(self.kernels, self.linear(prefix + "up"), self.linear(prefix + "down"), spec.activation)
+
+    def linear(self, *parts: str) -> Linear:
+        """The parts' rows stacked into one product."""
+        weights = [self.tensor(f"{part}.weight", self.dtype) for part in parts]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias = None
+        if f"{parts[0]}.bias" in self.shapes:
+            bias = torch.cat([self.tensor(f"{part}.bias", torch.float32) for part in parts])
+        return self.kernels.pack_linear(weight, bias)
+
+    def norm(self, name: str) -> Norm:
+        weight = self.tensor(f"{name}.weight", torch.float32).clone()  # not the mapped file
+        bias = self.tensor(f"{name}.bias", torch.float32).clone() if self.spec.norm_bias else None
+        return make_norm(self.kernels, self.spec.norm, weight, bias, self.spec.norm_eps)
+
+    def rms_norm(self, name: str) -> Norm:
+        weight = self.tensor(f"{name}.weight", torch.float32).clone()
+        return make_norm(self.kernels, "rms", weight, None, self.spec.norm_eps)
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        tensor = self.weights.read(name, dtype).to(self.device)
+        self.loaded += tensor.numel()
+        if self.progress is not None:
+            self.progress(self.loaded, self.total)
+        return tensor
+
+    def _holds(self, name: str) -> bool:
+        """Whether this stage reads the weight."""
+        if name.startswith("layers."):
+            return int(name.split(".", 2)[1]) in self.layers
+        first, last = self.layers.start == 0, self.layers.stop == self.spec.num_layers
+        if name.startswith("embedding."):
+            return first or (last and self.spec.tied_embeddings)
+        return first if name.startswith("positions.") else last
