@@ -57,46 +57,57 @@ struct Partial {
 constexpr int kTileRows = W == 8 ? 4 : 6;
 constexpr int kTileVectors = W == 8 ? 2 : 4;
 
-template <int MR, int NV>
-INLINE void product_tile(const float* a, i64 lda, const float* b, i64 ldb, float* c, i64 ldc, i64 k, bool add) {
+// `b(i, j)` is the vector of b at row i, columns j to j + W.
+template <int MR, int NV, class B>
+INLINE void product_tile(const float* a, i64 lda, B b, i64 j, float* c, i64 ldc, i64 k, bool add) {
   vf acc[MR][NV];
   UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++)
-    acc[m][v] = add ? load(c + m * ldc + v * W) : vf{};
+    acc[m][v] = add ? load(c + m * ldc + j + v * W) : vf{};
   for (i64 i = 0; i < k; i++) {
     vf row[NV];
-    UNROLL for (int v = 0; v < NV; v++) row[v] = load(b + i * ldb + v * W);
+    UNROLL for (int v = 0; v < NV; v++) row[v] = b(i, j + v * W);
     UNROLL for (int m = 0; m < MR; m++) {
       vf factor = splat(a[m * lda + i]);
       UNROLL for (int v = 0; v < NV; v++) acc[m][v] = fma(factor, row[v], acc[m][v]);
     }
   }
-  UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) store(c + m * ldc + v * W, acc[m][v]);
+  UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < NV; v++) store(c + m * ldc + j + v * W, acc[m][v]);
 }
 
-template <int MR>
-void product_rows(const float* a, i64 lda, const float* b, i64 ldb, float* c, i64 ldc, i64 n, i64 k, bool add) {
+template <int MR, class B>
+void product_rows(const float* a, i64 lda, B b, float* c, i64 ldc, i64 n, i64 k, bool add) {
   i64 j = 0;
   for (; j + kTileVectors * W <= n; j += kTileVectors * W)
-    product_tile<MR, kTileVectors>(a, lda, b + j, ldb, c + j, ldc, k, add);
-  for (; j < n; j += W) product_tile<MR, 1>(a, lda, b + j, ldb, c + j, ldc, k, add);
+    product_tile<MR, kTileVectors>(a, lda, b, j, c, ldc, k, add);
+  for (; j < n; j += W) product_tile<MR, 1>(a, lda, b, j, c, ldc, k, add);
 }
 
-template <int MR>
-INLINE void product_tail(i64 rows, const float* a, i64 lda, const float* b, i64 ldb, float* c, i64 ldc, i64 n, i64 k,
-                         bool add) {
+template <int MR, class B>
+INLINE void product_tail(i64 rows, const float* a, i64 lda, B b, float* c, i64 ldc, i64 n, i64 k, bool add) {
   if constexpr (MR > 0) {
-    if (rows == MR) product_rows<MR>(a, lda, b, ldb, c, ldc, n, k, add);
-    else product_tail<MR - 1>(rows, a, lda, b, ldb, c, ldc, n, k, add);
+    if (rows == MR) product_rows<MR>(a, lda, b, c, ldc, n, k, add);
+    else product_tail<MR - 1>(rows, a, lda, b, c, ldc, n, k, add);
   }
 }
 
-INLINE void product(i64 rows, const float* a, i64 lda, const float* b, i64 ldb, float* c, i64 ldc, i64 n, i64 k,
-                    bool add) {
+template <class B>
+INLINE void product(i64 rows, const float* a, i64 lda, B b, float* c, i64 ldc, i64 n, i64 k, bool add) {
   i64 r = 0;
   for (; r + kTileRows <= rows; r += kTileRows)
-    product_rows<kTileRows>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, n, k, add);
-  product_tail<kTileRows - 1>(rows - r, a + r * lda, lda, b, ldb, c + r * ldc, ldc, n, k, add);
+    product_rows<kTileRows>(a + r * lda, lda, b, c + r * ldc, ldc, n, k, add);
+  product_tail<kTileRows - 1>(rows - r, a + r * lda, lda, b, c + r * ldc, ldc, n, k, add);
 }
+
+struct Matrix {  // in scratch
+  const float* data;
+  i64 stride;
+  INLINE vf operator()(i64 i, i64 j) const { return load(data + i * stride + j); }
+};
+template <class T>
+struct CachedRows {  // where they lie in the cache, widened on the way
+  const typename T::T* const* row;
+  INLINE vf operator()(i64 i, i64 j) const { return T::load_run(row[i] + j); }
+};
 
 // --- K transposed, V widened ---
 
@@ -120,49 +131,58 @@ INLINE void transpose(vu (&rows)[W]) {
   }
 }
 
-// Addresses of the unit's rows in one cache; positions outside [begin, end) read zeros, never a stale block.
-template <class T>
-struct CacheRows {
-  const typename T::T *cache, *zeros;
-  const int32_t* table;
-  i64 G, g, D, block_size, begin, end;
-  INLINE const typename T::T* operator[](i64 position) const {
-    if (position < begin || position >= end) return zeros;
-    i64 block = position / block_size;
-    return cache + ((table[block] * G + g) * block_size + position - block * block_size) * D;
+// Addresses of positions [begin, end) of one head in a cache, placed in row[position - origin].
+template <class E>
+INLINE void find_rows(const AttentionArgs& a, const Unit& u, const E* cache, i64 origin, i64 begin, i64 end,
+                      const E** row) {
+  const int32_t* table = a.tables + u.s * a.table_stride;
+  i64 block = begin / a.block_size, offset = begin - block * a.block_size;
+  for (i64 i = begin - origin; i < end - origin; block++, offset = 0) {
+    const E* p = cache + ((table[block] * a.G + u.g) * a.block_size + offset) * a.D;
+    i64 run = a.block_size - offset < end - origin - i ? a.block_size - offset : end - origin - i;
+    for (i64 n = 0; n < run; n++, p += a.D) row[i++] = p;
   }
-};
+}
 
-// W positions from `position` into columns of out[D][kTile].
+INLINE void prefetch_rows(const void* const* row, i64 bytes) {
+  for (int r = 0; r < W; r++)
+    for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row[r]) + i);
+}
+
+// W rows become columns of out[D][kTile].
 template <class T>
-void load_keys(const CacheRows<T>& rows, i64 position, float* out) {
+void load_keys(const typename T::T* const* row, i64 D, float* out) {
   constexpr i64 step = W * T::per_word;  // numbers of one row that fill a vector
-  const typename T::T* row[W];
-  for (int i = 0; i < W; i++) row[i] = rows[position + i];
-  for (i64 d = 0; d < rows.D; d += step) {
-    i64 count = rows.D - d < step ? rows.D - d : step;
+  for (i64 d = 0; d < D; d += step) {
+    i64 count = D - d < step ? D - d : step;
     vu words[W];
-    UNROLL for (int i = 0; i < W; i++) {
-      if (count == step) std::memcpy(&words[i], row[i] + d, sizeof(vu));
-      else words[i] = vu{}, std::memcpy(&words[i], row[i] + d, count * sizeof(typename T::T));
+    if (count == step) {
+      UNROLL for (int i = 0; i < W; i++) std::memcpy(&words[i], row[i] + d, sizeof(vu));
+    } else {
+      for (int i = 0; i < W; i++) words[i] = vu{}, std::memcpy(&words[i], row[i] + d, count * sizeof(typename T::T));
     }
     transpose<1>(words);
     float* column = out + d * kTile;
-    for (int i = 0; i < W; i++) {
-      if (i * T::per_word >= count) break;
-      store(column + i * T::per_word * kTile, T::low(words[i]));
-      if (T::per_word == 2 && 2 * i + 1 < count) store(column + (2 * i + 1) * kTile, T::high(words[i]));
+    if (count == step) {
+      UNROLL for (int i = 0; i < W; i++) {
+        store(column + i * T::per_word * kTile, T::low(words[i]));
+        if (T::per_word == 2) store(column + (2 * i + 1) * kTile, T::high(words[i]));
+      }
+    } else {
+      for (int i = 0; i * T::per_word < count; i++) {
+        store(column + i * T::per_word * kTile, T::low(words[i]));
+        if (T::per_word == 2 && 2 * i + 1 < count) store(column + (2 * i + 1) * kTile, T::high(words[i]));
+      }
     }
   }
 }
 
 template <class T>
-INLINE void load_values(const CacheRows<T>& rows, i64 position, i64 count, i64 padded_d, float* out) {
+void load_values(const typename T::T* const* row, i64 D, i64 count, i64 padded_d, float* out) {
   for (i64 j = 0; j < count; j++, out += padded_d) {
-    const typename T::T* row = rows[position + j];
     i64 d = 0;
-    for (; d + W <= rows.D; d += W) store(out + d, T::load_run(row + d));
-    for (; d < padded_d; d++) out[d] = d < rows.D ? T::widen(row[d]) : 0.f;
+    for (; d + W <= D; d += W) store(out + d, T::load_run(row[j] + d));
+    for (; d < padded_d; d++) out[d] = d < D ? T::widen(row[j][d]) : 0.f;
   }
 }
 
@@ -222,14 +242,23 @@ void attend_split(const AttentionArgs& a, const Unit& u, i64 split, const UnitSc
   i64 begin = u.begin(a) > origin ? u.begin(a) : origin;
   i64 end = u.end() < origin + kSplit ? u.end() : origin + kSplit;
   i64 first = (begin - origin) / kTile * kTile, columns = end - origin;
-  const auto* zeros = reinterpret_cast<const typename T::T*>(scratch.zeros);
-  CacheRows<T> cache{static_cast<const typename T::T*>(a.k), zeros, a.tables + u.s * a.table_stride,
-                     a.G, u.g, a.D, a.block_size, begin, end};
+  typedef typename T::T E;
+  // Rows outside [begin, end) are zeros, never a stale block. One vector of rows more is prefetched, never read.
+  const E *k_row[kSplit + W], *v_row[kSplit + W];
+  const E* zeros = reinterpret_cast<const E*>(scratch.zeros);
+  for (i64 i = first; i < begin - origin; i++) k_row[i] = v_row[i] = zeros;
+  for (i64 i = columns, stop = (columns + W - 1) / W * W + W; i < stop; i++) k_row[i] = v_row[i] = zeros;
+  find_rows(a, u, static_cast<const E*>(a.k), origin, begin, end, k_row);
+  find_rows(a, u, static_cast<const E*>(a.v), origin, begin, end, v_row);
   for (i64 c = first; c < columns; c += kTile) {
     i64 width = (columns - c + W - 1) / W * W;
     if (width > kTile) width = kTile;
-    for (i64 j = 0; j < width; j += W) load_keys<T>(cache, origin + c + j, scratch.tile + j);
-    product(rows, scratch.q, padded, scratch.tile, kTile, scratch.scores + c, kSplit, width, a.D, false);
+    for (i64 j = c; j < c + width; j += W) {
+      prefetch_rows((const void* const*)(k_row + j + W), a.D * i64(sizeof(E)));
+      prefetch_rows((const void* const*)(v_row + j), a.D * i64(sizeof(E)));
+      load_keys<T>(k_row + j, a.D, scratch.tile + j - c);
+    }
+    product(rows, scratch.q, padded, Matrix{scratch.tile, kTile}, scratch.scores + c, kSplit, width, a.D, false);
   }
   i64 touched = (columns + W - 1) / W * W;
   for (i64 r = 0; r < rows; r++) {
@@ -237,12 +266,15 @@ void attend_split(const AttentionArgs& a, const Unit& u, i64 split, const UnitSc
     i64 from = a.window ? last - a.window : 0;
     out.max[r] = softmax_row(scratch.scores + r * kSplit, first, touched, from, last, out.total + r);
   }
-  cache.cache = static_cast<const typename T::T*>(a.v);
   for (i64 c = begin - origin; c < columns; c += kTile) {
     i64 count = columns - c < kTile ? columns - c : kTile;
-    load_values<T>(cache, origin + c, count, padded, scratch.tile);
-    product(rows, scratch.scores + c, kSplit, scratch.tile, padded, out.acc, padded, padded, count,
-            c != begin - origin);
+    bool add = c != begin - origin;
+    if (rows <= kTileRows && a.D == padded) {  // one pass over V: not worth a copy
+      product(rows, scratch.scores + c, kSplit, CachedRows<T>{v_row + c}, out.acc, padded, padded, count, add);
+    } else {
+      load_values<T>(v_row + c, a.D, count, padded, scratch.tile);
+      product(rows, scratch.scores + c, kSplit, Matrix{scratch.tile, padded}, out.acc, padded, padded, count, add);
+    }
   }
 }
 

@@ -168,10 +168,15 @@ INLINE uint16_t float_to_bf16(float x) {  // to nearest, ties to even
 }
 
 INLINE vu spread(const uint16_t* p) {  // W halves, one to a word
-  typedef uint16_t vh __attribute__((vector_size(W * 2)));
-  vh h;
-  std::memcpy(&h, p, sizeof h);
-  return __builtin_convertvector(h, vu);
+#if defined(FORETELL_AVX512)
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(FORETELL_AVX2)
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  vu words;
+  UNROLL for (int i = 0; i < W; i++) words[i] = p[i];
+  return words;
+#endif
 }
 
 struct F32 {
