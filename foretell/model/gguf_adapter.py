@@ -94,15 +94,13 @@ def gguf_config(source: TensorSource) -> Config:
     meta = ConfigReader(fields, architecture, "GGUF metadata")
     if "rope_factors_short.weight" in names or "rope_factors_long.weight" in names:
         raise meta.unsupported("longrope scaling (rope_factors tensors)", "none, linear, yarn")
-    heads = meta.integer("attention.head_count")
-    head_dim = meta.integer("attention.key_length", max(1, meta.integer("embedding_length") // heads))
-    if meta.integer("attention.value_length", head_dim) != head_dim:
-        raise meta.unsupported(f"value_length other than key_length = {head_dim}", "equal lengths")
+    heads, head_dim = _head_shape(meta)
     config: Config = {
         "num_hidden_layers": meta.integer("block_count"),
         "hidden_size": meta.integer("embedding_length"),
         "intermediate_size": meta.integer("feed_forward_length"),
         "num_attention_heads": heads,
+        "head_dim": head_dim,
         "num_key_value_heads": meta.integer("attention.head_count_kv", heads),
         "vocab_size": source.shape("token_embd.weight")[0],
         "max_position_embeddings": meta.integer("context_length"),
@@ -115,9 +113,18 @@ def gguf_config(source: TensorSource) -> Config:
         "attn_logit_softcapping": fields.get("attn_logit_softcapping"),
         "final_logit_softcapping": fields.get("final_logit_softcapping"),
     }
-    if "attention.key_length" in fields:
-        config["head_dim"] = head_dim
     return config | _FAMILY_CONFIGS[architecture](meta, names, config, head_dim)
+
+
+def _head_shape(meta: ConfigReader) -> tuple[int, int]:
+    """(heads, head_dim); without a key_length head_dim is hidden/heads in every architecture."""
+    heads, hidden = meta.integer("attention.head_count"), meta.integer("embedding_length")
+    if not meta.has("attention.key_length") and hidden % heads:
+        raise meta.malformed("embedding_length", f"a multiple of attention.head_count = {heads}")
+    head_dim = meta.integer("attention.key_length", hidden // heads)
+    if meta.integer("attention.value_length", head_dim) != head_dim:
+        raise meta.unsupported(f"value_length other than key_length = {head_dim}", "equal lengths")
+    return heads, head_dim
 
 
 def _rope_scaling(meta: ConfigReader) -> Config | None:
