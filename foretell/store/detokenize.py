@@ -50,7 +50,9 @@ def decoding_of(backend: Backend) -> Decoding:
         return Decoding("metaspace", int(steps[0].get("prepend_scheme", "always") != "never"))
     if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and len(kinds) <= 4:
         replaces_space = steps[0]["pattern"] == {"String": _SPACE} and steps[0]["content"] == " "
-        strip = steps[3] if len(kinds) == 4 else {"type": "Strip", "content": " ", "start": 0, "stop": 0}
+        strip: dict[str, Any] = (
+            steps[3] if len(kinds) == 4 else {"type": "Strip", "content": " ", "start": 0, "stop": 0}
+        )
         if replaces_space and strip["type"] == "Strip" and strip["content"] == " " and strip["stop"] == 0:
             return Decoding("sentencepiece", int(strip["start"]))
     return Decoding("other")

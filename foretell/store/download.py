@@ -136,7 +136,7 @@ def _resume(client: httpx.Client, wanted: Wanted, part: Path, advance: Callable[
         left = response.headers.get("content-length", "")
         total_bytes = start + int(left) if left.isdigit() else None
         with part.open("r+b" if start else "wb") as out:
-            return _copy(response.iter_raw(_CHUNK_BYTES), out, total_bytes, advance, start)
+            return _copy(response.iter_raw(), out, total_bytes, advance, start)
 
 
 def _copy(

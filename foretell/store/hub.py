@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Final
 
 from foretell.errors import DownloadError, ModelNotFoundError
+from foretell.store.files import read_json
 
 ALLOWED: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _REFERENCE: Final = re.compile(
@@ -29,12 +31,14 @@ def fetch_repository(reference: str, cache_dir: Path | None, *, offline: bool) -
         )
     repo, revision, file = match["repo"], match["revision"], match["file"]
     folder = None if cache_dir is None else Path(cache_dir) / "hub"
+    if offline:
+        return _complete(_fetch(repo, revision, file, folder, offline=True), reference), repo
     try:
-        return _fetch(repo, revision, file, folder, offline=True), repo  # what is here needs no network
-    except ModelNotFoundError:
-        if offline:
-            raise
-    return _fetch(repo, revision, file, folder, offline=False), repo
+        return _fetch(repo, revision, file, folder, offline=False), repo
+    except DownloadError:  # no network: what is here and whole will do
+        with contextlib.suppress(ModelNotFoundError):
+            return _complete(_fetch(repo, revision, file, folder, offline=True), reference), repo
+        raise
 
 
 def _fetch(repo: str, revision: str | None, file: str | None, folder: Path | None, *, offline: bool) -> Path:
@@ -60,7 +64,6 @@ def _fetch(repo: str, revision: str | None, file: str | None, folder: Path | Non
                 local_files_only=offline,
                 allow_patterns=list(ALLOWED),
             )
-        return _checked(Path(found), what, offline)
     except GatedRepoError:
         raise ModelNotFoundError(f"{what} is gated; accept its terms on the hub and set HF_TOKEN") from None
     except LocalEntryNotFoundError:
@@ -72,10 +75,17 @@ def _fetch(repo: str, revision: str | None, file: str | None, folder: Path | Non
     except Exception as error:  # the hub library raises its HTTP client's errors, whichever that is
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise DownloadError(f"{what} cannot be fetched: {why[:200]}; check the network and run again") from None
+    return Path(found)
 
 
-def _checked(path: Path, what: str, offline: bool) -> Path:
-    """A snapshot in the cache may be the torso of an interrupted download: then it must be fetched again."""
-    if offline and path.is_dir() and not any(path.glob("*.safetensors")):
-        raise ModelNotFoundError(f"{what} is not complete in the cache and foretell is offline; run once online")
+def _complete(path: Path, reference: str) -> Path:
+    """A snapshot in the cache may be the torso of an interrupted download: ModelNotFoundError then."""
+    if path.is_dir():
+        weights = (read_json(path / "model.safetensors.index.json") or {}).get("weight_map")
+        shards = set(weights.values()) if isinstance(weights, dict) else set()
+        whole = all((path / str(shard)).is_file() for shard in shards) and any(path.glob("*.safetensors"))
+        if not whole or not (path / "config.json").is_file():
+            raise ModelNotFoundError(
+                f"{reference} is not complete in the cache and foretell is offline; run once online"
+            )
     return path

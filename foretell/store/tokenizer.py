@@ -10,7 +10,8 @@ from foretell.errors import InvalidRequestError, ModelFormatError, UnsupportedMo
 from foretell.store.cache import cache_home
 from foretell.store.chat_template import ChatTemplate
 from foretell.store.detokenize import _BYTE_TOKEN, decoding_of, spelled_bytes
-from foretell.store.references import ModelFiles, read_json
+from foretell.store.files import read_json
+from foretell.store.references import ModelFiles
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
