@@ -118,9 +118,7 @@ def uniform_pairs(count: int, shortest: int, longest: int, vocab_size: int, seed
     return pairs
 
 
-def _uniform_prompts(
-    count: int, shortest: int, longest: int, output_len: int, vocab: int, seed: int
-) -> list[TokenPair]:
+def _uniform_prompts(count: int, low: int, high: int, output_len: int, vocab: int, seed: int) -> list[TokenPair]:
     return [(ids, output_len) for ids, _ in uniform_pairs(count, low, high, vocab, seed)]
 
 

@@ -1,0 +1,1 @@
+"""What `foretell bench` does: theory first, then measurement, then one JSON line."""

@@ -1,0 +1,87 @@
+"""From the commands' options to a workload: by name, from a trace file, or drawn at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foretell.errors import ConfigError
+from foretell.trace.arrivals import arrival_times
+from foretell.trace.readers import read_trace
+from foretell.trace.workloads import NAMED, Lengths, Workload, named_workload, random_workload
+
+if TYPE_CHECKING:
+    from foretell.trace.readers import Encode
+
+MAX_REQUESTS = 1_000_000
+ENOUGH = 1.5  # requests drawn for a duration, times those expected in it: what comes after is cut off
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What to ask. At most one of ``workload`` and ``trace``; neither means random lengths."""
+
+    workload: str | None = None
+    trace: Path | None = None
+    trace_format: str = "auto"
+    prompt_lengths: str = "128"
+    output_lengths: str = "128"
+    num_requests: int | None = None
+    max_prompt_tokens: int | None = None
+    max_output_tokens: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """ConfigError for what can be known to be wrong before a model is loaded."""
+        if self.workload is not None and self.workload not in NAMED:
+            raise ConfigError(f"unknown workload {self.workload!r}: choose one of {', '.join(NAMED)}")
+        if self.workload is not None and self.trace is not None:
+            raise ConfigError("--workload and --trace both name the requests: give one of them")
+        if self.trace is not None and not self.trace.is_file():
+            raise ConfigError(f"there is no trace file {self.trace}")
+        for lengths in (self.prompt_lengths, self.output_lengths):
+            Lengths.parse(lengths)
+
+    def build(self, vocab_size: int, encode: Encode | None = None, *, default_requests: int = 16) -> Workload:
+        """All requests, with the trace's own arrival times if there is one, else all at once."""
+        if self.trace is not None:
+            found = read_trace(self.trace, self.trace_format, max_requests=self.num_requests, encode=encode)
+        elif self.workload is not None:
+            found = named_workload(self.workload, vocab_size)
+        else:
+            lengths = Lengths.parse(self.prompt_lengths), Lengths.parse(self.output_lengths)
+            found = random_workload(self.num_requests or default_requests, *lengths, self.seed)
+        return found.adjusted(
+            max_requests=self.num_requests,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_output_tokens=self.max_output_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """When to ask: at a rate, or at the trace's own times stretched by ``time_scale``."""
+
+    rate: float | None = None
+    burstiness: float = 1.0
+    time_scale: float = 1.0
+    duration_seconds: float | None = None
+
+    def check(self) -> None:
+        """ConfigError for an impossible rate or burstiness."""
+        if self.rate is not None:
+            arrival_times(0, self.rate, burstiness=self.burstiness)
+
+    def apply(self, workload: Workload, seed: int) -> Workload:
+        if self.rate is not None:
+            times = arrival_times(len(workload.requests), self.rate, burstiness=self.burstiness, seed=seed)
+            workload = workload.arriving_at(times)
+        scale = self.time_scale if self.rate is None else 1.0
+        return workload.adjusted(time_scale=scale, duration_seconds=self.duration_seconds)
+
+    def requests_needed(self) -> int | None:
+        """How many to draw so that the duration is filled; None without a rate or a duration."""
+        if self.rate is None or self.duration_seconds is None:
+            return None
+        return min(MAX_REQUESTS, int(self.rate * self.duration_seconds * ENOUGH) + 20)
