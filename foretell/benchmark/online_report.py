@@ -113,11 +113,11 @@ def _rounds(
     objectives: Objectives,
     repeat: int,
     progress: bool,
-) -> dict[str, Outcome]:
+) -> dict[PolicyName, Outcome]:
     """A B C A B C …: whatever drifts in the machine meets every policy alike."""
     from foretell.progress import generation_bar
 
-    runs: dict[str, list[OnlineRun]] = {policy: [] for policy in policies}
+    runs: dict[PolicyName, list[OnlineRun]] = {policy: [] for policy in policies}
     variant = 1
     total = len(workload.requests) * len(policies) * repeat
     with generation_bar(total) if progress else nullcontext() as advance:
@@ -179,7 +179,7 @@ def latency_table(report: Report, floor: Report | None = None) -> str:
     return table(header, rows)
 
 
-def say_outcome(policy: str, floor: Report, outcome: Outcome, objectives: Objectives, say: Say) -> None:
+def say_outcome(policy: PolicyName, floor: Report, outcome: Outcome, objectives: Objectives, say: Say) -> None:
     report, lateness = outcome.report, outcome.lateness
     say(f"\n{policy}: {TRADE_OFF[policy]}")
     say(latency_table(report, floor))

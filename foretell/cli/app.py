@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from foretell.cli.bench import bench_app
 from foretell.cli.chat import chat
 from foretell.cli.guard import guarded
 from foretell.cli.inspect import inspect
@@ -44,4 +45,5 @@ app.command("run")(guarded(run))
 app.command("chat")(guarded(chat))
 app.command("models")(guarded(models))
 app.command("inspect")(guarded(inspect))
+app.add_typer(bench_app, name="bench")
 app.command("version")(guarded(show_version))
