@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -81,6 +82,7 @@ class Assembly:
     weight_bytes: int
     kernels: str
     max_model_len: int
+    step_log: StepLog | None = None
     phases: dict[str, float] = field(default_factory=dict)
 
 
@@ -140,12 +142,13 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
     kv = allocate(spec, num_blocks, config.block_size, dtype)
     sizes = block_bytes(spec, config.block_size, dtype.itemsize)
     executor = LocalExecutor(ModelRunner(model, kv, config.block_size), num_blocks)
+    step_log = None if options.step_log is None else StepLog(options.step_log)
     engine = Engine(
         config,
         executor,
         [group.window for group in spec.kv_groups],
         on_event=on_event,
-        on_step=_step_writer(options.step_log),
+        on_step=step_log,
     )
     phases.done("kv cache")
     return Assembly(
@@ -160,6 +163,7 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
         weight_bytes=count_parameters(spec).total * dtype.itemsize,
         kernels=kernels.name,
         max_model_len=min(max_model_len, engine.scheduler.blocks.max_tokens_per_request),
+        step_log=step_log,
         phases=phases.seconds,
     )
 
@@ -206,16 +210,14 @@ def default_kv_bytes() -> int:
     return int(available_memory_bytes() * DEFAULT_KV_SHARE)
 
 
-def _step_writer(path: str | os.PathLike[str] | None) -> Callable[[dict[str, Any]], None] | None:
-    """Appends one JSON line per step to ``path``."""
-    if path is None:
-        return None
-    import json
+class StepLog:
+    """One JSON line per step, appended to a file as the steps happen."""
 
-    # open for as long as the engine lives
-    file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
-    def write(record: dict[str, Any]) -> None:
-        file.write(json.dumps(record) + "\n")
+    def __call__(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
 
-    return write
+    def close(self) -> None:
+        self._file.close()

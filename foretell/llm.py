@@ -111,6 +111,8 @@ class LLM:
     def close(self) -> None:
         """Stop the engine and free its memory. Safe to call twice."""
         self.service.close()
+        if self.assembly.step_log is not None:
+            self.assembly.step_log.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -81,10 +81,10 @@ def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bo
     """(list of prompts, whether the caller gave just one). A flat list of integers is one prompt."""
     if isinstance(prompts, str):
         return [prompts], True
-    items = list(prompts)
+    items: list[Any] = list(prompts)
     if items and all(_is_index(item) for item in items):
         return [items], True
     for item in items:
-        if not isinstance(item, (str, Sequence)) and not hasattr(item, "__iter__"):
+        if not hasattr(item, "__iter__"):
             raise InvalidRequestError(f"a prompt is text or a list of token ids, got {type(item).__name__}")
     return items, False

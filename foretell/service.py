@@ -86,7 +86,8 @@ class EngineService:
 
     def abort(self, tracker: Tracker) -> None:
         """End a request; its last update has finish_reason "abort". Nothing happens if it has ended."""
-        self._post(lambda: self._abort(tracker))
+        if not self._closing and self._dead is None:  # else it has been told already
+            self._post(lambda: self._abort(tracker))
 
     def call(self, function: Callable[[Engine], None]) -> None:
         """Run a function on the engine between two steps."""

@@ -14,7 +14,8 @@ from foretell.core.policy import get_policy
 from foretell.core.request import Request, State
 from foretell.errors import ConfigError, InvalidRequestError
 
-AGED = -(2**62)  # the priority of a waiting request that was passed over too long
+AGED = -(2**62)  # the priority of a request that has waited too long
+OVERDUE_RANK, AGED_RANK = -2, -1  # before every policy's ranks: running ones passed over, then aged prompts
 
 
 @dataclass(slots=True)
@@ -197,8 +198,10 @@ class Scheduler:
             if pending > chain or planned >= total or (pending and total >= request.max_total_tokens):
                 continue  # nothing to compute yet, or its last token is on the way
             prefill = planned < request.prefill_end
-            if request.last_turn <= overdue or (prefill and key[0] == AGED):
-                ranked.append((-1, key, request))
+            if request.last_turn <= overdue:
+                ranked.append((OVERDUE_RANK, key, request))
+            elif prefill and key[0] == AGED:
+                ranked.append((AGED_RANK, key, request))
             else:
                 ranked.append((prefill_rank if prefill else decode_rank, key, request))
         return ranked
@@ -255,7 +258,7 @@ class Scheduler:
             request = self._next_waiting()
             if request is None:
                 return
-            first = -1 if request.key[0] == AGED else rank
+            first = AGED_RANK if request.key[0] == AGED else rank
             if bound is not None and (first, request.key) > bound:
                 return
             if not self._admit(request, plan, now):

@@ -305,9 +305,7 @@ def test_a_disk_that_fills_up(site: Site, tmp_path: Path, monkeypatch: pytest.Mo
     assert get(tmp_path) == GGUF
 
 
-def test_too_little_space_is_seen_before_writing(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_seen_before_writing(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 1000
 
@@ -458,7 +456,9 @@ def test_the_independent_wheel_of_exactly_this_version_is_chosen(site: Site) -> 
     assert find_wheel(Requirement("tiny", "1.0")).filename == "tiny-1.0-py3-none-any.whl"
 
 
-@pytest.mark.parametrize("text", ["tiny", "tiny>=1", "tiny==", "==1", "../x==1", "tiny==../1", "t/y==1", "t==1 ; x", ""])
+@pytest.mark.parametrize(
+    "text", ["tiny", "tiny>=1", "tiny==", "==1", "../x==1", "tiny==../1", "t/y==1", "t==1 ; x", ""]
+)
 def test_what_is_no_requirement(text: str) -> None:
     with pytest.raises(ModelNotFoundError):
         parse_requirement(text)

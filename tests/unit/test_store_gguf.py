@@ -274,7 +274,9 @@ def test_alignment_of_one_byte(tmp_path: Path) -> None:
 
 
 def test_importing_the_store_imports_no_torch(run_python: Callable[[str], str]) -> None:
-    code = "import sys, foretell.store; print([m for m in ('torch', 'tokenizers', 'httpx', 'gguf') if m in sys.modules])"
+    code = (
+        "import sys, foretell.store; print([m for m in ('torch', 'tokenizers', 'httpx', 'gguf') if m in sys.modules])"
+    )
     assert run_python(code) == "[]"
 
 

@@ -105,7 +105,11 @@ def build(entries: Any, data: bytes = bytes(64)) -> bytes:
 
 
 def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": list(offsets)}
+    return {
+        "dtype": dtype,
+        "shape": list(shape) if isinstance(shape, tuple) else shape,
+        "data_offsets": list(offsets),
+    }
 
 
 BAD: dict[str, tuple[bytes, type[ForetellError], str]] = {
