@@ -2,16 +2,12 @@
 
 Jinja's sandbox closes off attributes and mutation, but not work: nested loops, doubling strings and wide
 formats can still hang or fill a process. Here every loop turn, call, concatenation and output passes a meter
-of steps, characters and CPU seconds, and operations whose result can be far larger than their arguments are
-bounded before they run.
+(chat_limits), and operations whose result can be far larger than their arguments are bounded beforehand.
 """
 
 from __future__ import annotations
 
-import contextvars
 import json
-import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final, cast
@@ -22,76 +18,23 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_CHARACTERS: Final = 16 << 20  # of the rendering, and of any string on the way
-MAX_STEPS: Final = 2_000_000
-MAX_CPU_SECONDS: Final = 3.0
-_MAX_ITEMS: Final = 1 << 20
-_MAX_INT_BITS: Final = 4096
-_WIDE: Final = re.compile(r"\d{4,}|\*|:[^{}]*\{")  # a format that pads by a lot, or by an argument
+from foretell.store.chat_limits import (
+    METER,
+    WIDE_PERCENT,
+    TemplateLimitError,
+    bound_bits,
+    bound_method,
+    bound_product,
+    bound_replace,
+    bounded,
+    printed_size,
+)
+
 _KEPT_FILTERS: Final = (
     "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby",
     "int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse",
     "round", "safe", "select", "selectattr", "sort", "striptags", "title", "trim", "unique", "upper", "wordcount",
 )  # fmt: skip
-_PADDING_METHODS: Final = ("center", "ljust", "rjust", "zfill", "expandtabs")
-
-
-class TemplateLimitError(TemplateRuntimeError):
-    """The template did more than any honest one does."""
-
-
-class Meter:
-    """What one rendering has used up."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.characters = 0
-        self.deadline = time.thread_time() + MAX_CPU_SECONDS
-
-    def step(self, count: int = 1) -> None:
-        self.steps += count
-        if self.steps > MAX_STEPS:
-            raise TemplateLimitError(f"it takes more than {MAX_STEPS:,} steps")
-        if time.thread_time() > self.deadline:
-            raise TemplateLimitError(f"it computes for more than {MAX_CPU_SECONDS:g} s")
-
-    def emit(self, characters: int) -> None:
-        self.step()
-        self.characters += characters
-        bounded(self.characters)
-
-
-METER: Final[contextvars.ContextVar[Meter]] = contextvars.ContextVar("foretell_template_meter")
-
-
-def bounded(characters: int) -> None:
-    """Raises TemplateLimitError for a string of more than MAX_CHARACTERS."""
-    if characters > MAX_CHARACTERS:
-        raise TemplateLimitError(f"it makes a text of more than {MAX_CHARACTERS:,} characters")
-
-
-def printed_size(value: Any) -> int:
-    """About how many characters ``value`` prints as, shared parts counted each time they would be printed."""
-    if isinstance(value, str):
-        return len(value)
-    if not isinstance(value, (list, tuple, dict, set, frozenset)):
-        return 16
-    meter, total, pending, items = METER.get(), 0, [value], 0
-    while pending:
-        item = pending.pop()
-        items += 1
-        if items % 1024 == 0:
-            meter.step()
-        if items > _MAX_ITEMS:
-            raise TemplateLimitError(f"it makes a value of more than {_MAX_ITEMS:,} items")
-        if isinstance(item, dict):
-            pending.extend(item.keys())
-            pending.extend(item.values())
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            pending.extend(item)
-        total += len(item) if isinstance(item, str) else 16
-        bounded(total)
-    return total
 
 
 @pass_context
@@ -208,14 +151,27 @@ class SandboxedEnvironment(ImmutableSandboxedEnvironment):
         tree = _Instrument().visit(self.parse(source))
         return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """The sandbox's str.format, with its width bounded before it runs."""
+        safe = super().wrap_str_format(value)
+        if safe is None:
+            return None
+        formats = safe
+
+        def bounded_format(*args: Any, **kwargs: Any) -> str:
+            bound_method(value.__self__, value.__name__, (*args, *kwargs.values()))
+            return formats(*args, **kwargs)
+
+        return bounded_format
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         METER.get().step()
         if operator == "*":
-            _bound_product(left, right)
+            bound_product(left, right)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _bound_bits(left.bit_length() * max(right, 0))
+            bound_bits(left.bit_length() * max(right, 0))
         elif operator == "%" and isinstance(left, str):
-            if _WIDE.search(left):
+            if WIDE_PERCENT.search(left):
                 raise TemplateLimitError("it formats with a large or computed width")
             bounded(len(left) + (left.count("%") * printed_size(right)))
         elif operator == "+" and isinstance(left, (list, tuple, str)):
@@ -227,40 +183,8 @@ class SandboxedEnvironment(ImmutableSandboxedEnvironment):
         METER.get().step()
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str):
-            _bound_method(owner, name, args)
+            bound_method(owner, name, args)
         return super().call(__context, __obj, *args, **kwargs)
-
-
-def _bound_product(left: Any, right: Any) -> None:
-    if isinstance(left, int) and isinstance(right, int):
-        _bound_bits(left.bit_length() + right.bit_length())
-    for items, times in ((left, right), (right, left)):
-        if isinstance(items, (str, list, tuple)) and isinstance(times, int):
-            bounded(max(times, 0) * max(1, printed_size(items)))
-
-
-def _bound_bits(bits: int) -> None:
-    if bits > _MAX_INT_BITS:
-        raise TemplateLimitError(f"it computes a number of more than {_MAX_INT_BITS} bits")
-
-
-def _bound_method(owner: str, name: str, args: tuple[Any, ...]) -> None:
-    """Bounds what a string method will return."""
-    if name in ("format", "format_map", "translate", "maketrans"):
-        if name != "format" or _WIDE.search(owner):
-            raise TemplateLimitError(f"it calls str.{name} in a way that is not allowed")
-        bounded(len(owner) + owner.count("{") * sum(map(printed_size, args)))
-    elif name in _PADDING_METHODS:
-        for width in args:
-            bounded(width * (1 + owner.count("\t")) if isinstance(width, int) else 0)
-    elif name == "replace" and len(args) >= 2:
-        _bound_replace(owner, str(args[0]), str(args[1]))
-    elif name == "join" and args and isinstance(args[0], (list, tuple)):
-        bounded(printed_size(args[0]) + len(owner) * len(args[0]))
-
-
-def _bound_replace(text: str, old: str, new: str) -> None:
-    bounded(len(text) + text.count(old) * len(new))
 
 
 # --- filters and helpers ---------------------------------------------------------------------------------
@@ -295,7 +219,7 @@ def _join(value: Any, d: str = "", attribute: str | int | None = None) -> str:
 
 def _replace(s: Any, old: str, new: str, count: int | None = None) -> str:
     text = str(s)
-    _bound_replace(text, str(old), str(new))
+    bound_replace(text, str(old), str(new))
     return text.replace(str(old), str(new), -1 if count is None else count)
 
 
@@ -314,6 +238,6 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
-    if len(format) > 100 or _WIDE.search(format):
+    if len(format) > 100 or WIDE_PERCENT.search(format):
         raise TemplateLimitError("it formats a date with a large width")
     return datetime.now().strftime(format)

@@ -33,7 +33,7 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError
 
-        from foretell.store.chat_sandbox import METER, Meter
+        from foretell.store.chat_limits import METER, Meter
 
         _check_messages(messages)
         template = self._template()

@@ -9,7 +9,6 @@ at most a small multiple of the file's size.
 from __future__ import annotations
 
 import mmap
-import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -18,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from foretell.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from foretell.store.gguf_cursor import Cursor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,13 +36,6 @@ _UNREAD_TYPES: Final = {
     35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
 
-_SCALARS: Final = {
-    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
-}  # fmt: skip
-_STRING, _ARRAY = 8, 9
-_MAX_ELEMENTS = 16_000_000  # metadata values in one header; the largest vocabularies have about 1M
-_MAX_STRING_BYTES = 64 << 20
-_MAX_NESTING = 4
 _MAX_DIMS = 4
 _DEFAULT_ALIGNMENT = 32
 
@@ -94,22 +87,17 @@ def _read(path: Path, size: int, mtime_ns: int, inode: int) -> GGUFHeader:
         raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-class _Parser:
-    """A cursor over the mapped file that never moves past its end."""
-
-    def __init__(self, data: mmap.mmap, size: int, name: str) -> None:
-        self.data, self.size, self.name = data, size, name
-        self.at = 0
-        self.elements_left = _MAX_ELEMENTS
+class _Parser(Cursor):
+    """The records of a header, in the order they lie in the file."""
 
     def parse(self) -> GGUFHeader:
         version, tensor_count, kv_count = self._counts()
         metadata: dict[str, Any] = {}
         for _ in range(kv_count):
-            key = self._string("a metadata key")
+            key = self.string("a metadata key")
             if key in metadata:
-                raise self._bad(f"metadata key {key!r} appears twice")
-            metadata[key] = self._value(self._scalar("<I"), key, 0)
+                raise self.bad(f"metadata key {key!r} appears twice")
+            metadata[key] = self.value(self.scalar("<I"), key, 0)
         if metadata.get("split.count", 1) not in (0, 1):
             raise UnsupportedModelError(
                 f"{self.name} is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first"
@@ -120,9 +108,9 @@ class _Parser:
         tensors: dict[str, GGUFTensor] = {}
         for tensor in infos:
             if tensor.offset % alignment:
-                raise self._bad(f"tensor {tensor.name!r} starts off its {alignment}-byte alignment")
+                raise self.bad(f"tensor {tensor.name!r} starts off its {alignment}-byte alignment")
             if tensor.name in tensors:
-                raise self._bad(f"tensor {tensor.name!r} appears twice")
+                raise self.bad(f"tensor {tensor.name!r} appears twice")
             start = data_start + tensor.offset
             tensors[tensor.name] = GGUFTensor(tensor.name, tensor.shape, tensor.quant_type, start, tensor.nbytes)
         self._check_extents(tensors)
@@ -130,48 +118,48 @@ class _Parser:
 
     def _counts(self) -> tuple[int, int, int]:
         if self.data[:4] != b"GGUF":
-            raise self._bad(f"it starts with {self.data[:4]!r} instead of b'GGUF'")
+            raise self.bad(f"it starts with {self.data[:4]!r} instead of b'GGUF'")
         self.at = 4
-        version = int(self._scalar("<I"))
+        version = int(self.scalar("<I"))
         if version not in (2, 3):
             if version & 0xFFFF == 0:
                 raise UnsupportedModelError(f"{self.name} is a big-endian GGUF; use the little-endian file")
-            raise self._bad(f"GGUF version {version} is not 2 or 3")
-        tensor_count, kv_count = int(self._scalar("<Q")), int(self._scalar("<Q"))
+            raise self.bad(f"GGUF version {version} is not 2 or 3")
+        tensor_count, kv_count = int(self.scalar("<Q")), int(self.scalar("<Q"))
         # The smallest tensor record has 32 bytes (name, one dimension, type, offset), the smallest pair 13.
-        self._check_count(tensor_count, 32, "tensors")
-        self._check_count(kv_count, 13, "metadata entries")
+        self.check_count(tensor_count, 32, "tensors")
+        self.check_count(kv_count, 13, "metadata entries")
         return version, tensor_count, kv_count
 
     def _alignment(self, metadata: Mapping[str, Any]) -> int:
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
-            raise self._bad(f"general.alignment is {str(alignment)[:40]}, not a power of two")
+            raise self.bad(f"general.alignment is {str(alignment)[:40]}, not a power of two")
         return alignment
 
     def _tensor_info(self) -> GGUFTensor:
         """The record of one tensor, with its offset still relative to the data section."""
-        name = self._string("a tensor name")
-        rank = int(self._scalar("<I"))
+        name = self.string("a tensor name")
+        rank = int(self.scalar("<I"))
         if not 1 <= rank <= _MAX_DIMS:
-            raise self._bad(f"tensor {name!r} has {rank} dimensions; 1 to {_MAX_DIMS} are possible")
-        dims = [int(self._scalar("<Q")) for _ in range(rank)]
-        type_id, offset = int(self._scalar("<I")), int(self._scalar("<Q"))
+            raise self.bad(f"tensor {name!r} has {rank} dimensions; 1 to {_MAX_DIMS} are possible")
+        dims = [int(self.scalar("<Q")) for _ in range(rank)]
+        type_id, offset = int(self.scalar("<I")), int(self.scalar("<Q"))
         if type_id not in GGML_TYPES:
             if type_id in _UNREAD_TYPES:
                 raise UnsupportedModelError(
                     f"{self.name} stores {name!r} as {_UNREAD_TYPES[type_id]}; supported: "
                     + ", ".join(kind for kind, _, _ in GGML_TYPES.values())
                 )
-            raise self._bad(f"tensor {name!r} has unknown type {type_id}")
+            raise self.bad(f"tensor {name!r} has unknown type {type_id}")
         kind, block, block_bytes = GGML_TYPES[type_id]
         elements = 1
         for dim in dims:
             elements *= dim
         if elements == 0 or elements >= 1 << 63:
-            raise self._bad(f"tensor {name!r} has impossible dimensions {dims}")
+            raise self.bad(f"tensor {name!r} has impossible dimensions {dims}")
         if dims[0] % block:
-            raise self._bad(f"tensor {name!r} has rows of {dims[0]} weights, no multiple of {kind}'s {block}")
+            raise self.bad(f"tensor {name!r} has rows of {dims[0]} weights, no multiple of {kind}'s {block}")
         return GGUFTensor(name, tuple(reversed(dims)), kind, offset, elements // block * block_bytes)
 
     def _check_extents(self, tensors: Mapping[str, GGUFTensor]) -> None:
@@ -184,95 +172,4 @@ class _Parser:
             )
         for before, after in pairwise(ordered):
             if before.offset + before.nbytes > after.offset:
-                raise self._bad(f"tensors {before.name!r} and {after.name!r} overlap")
-
-    # --- values ---------------------------------------------------------------------------------------
-
-    def _value(self, kind: int, key: str, depth: int) -> Any:
-        self._spend(1, key)
-        if kind == _STRING:
-            return self._string(f"the value of {key!r}")
-        if kind == _ARRAY:
-            return self._array(key, depth)
-        if kind not in _SCALARS:
-            raise self._bad(f"metadata {key!r} has unknown type {kind}")
-        return self._scalar(_SCALARS[kind])
-
-    def _array(self, key: str, depth: int) -> list[Any]:
-        if depth >= _MAX_NESTING:
-            raise self._bad(f"metadata {key!r} nests arrays more than {_MAX_NESTING} deep")
-        kind, count = int(self._scalar("<I")), int(self._scalar("<Q"))
-        if kind in _SCALARS:
-            width = struct.calcsize(_SCALARS[kind])
-            self._check_count(count, width, f"elements of {key!r}")
-            self._spend(count, key)
-            values = list(struct.unpack_from(f"<{count}{_SCALARS[kind][1]}", self.data, self.at))
-            self.at += count * width
-            return values
-        if kind == _STRING:
-            self._check_count(count, 8, f"elements of {key!r}")
-            self._spend(count, key)
-            return self._strings(count, key)
-        if kind == _ARRAY:
-            self._check_count(count, 12, f"elements of {key!r}")
-            return [self._value(_ARRAY, key, depth + 1) for _ in range(count)]
-        raise self._bad(f"metadata {key!r} is an array of unknown type {kind}")
-
-    def _strings(self, count: int, key: str) -> list[str]:
-        """``count`` strings. The hot loop of the header: a vocabulary has up to a quarter million of them."""
-        data, at, size, length_at = self.data, self.at, self.size, struct.Struct("<Q").unpack_from
-        strings: list[str] = []
-        append = strings.append
-        try:
-            for _ in range(count):
-                start = at + 8
-                at = start + length_at(data, at)[0]
-                if at > size:
-                    raise self._ends(f"a string of {key!r}", at - start, start)
-                append(data[start:at].decode())
-        except struct.error:
-            raise self._ends(f"a string of {key!r}", 8, at) from None
-        except UnicodeDecodeError:
-            raise self._bad(f"a string of {key!r} is not UTF-8") from None
-        self.at = at
-        return strings
-
-    def _string(self, what: str) -> str:
-        length = int(self._scalar("<Q"))
-        if length > _MAX_STRING_BYTES or length > self.size - self.at:
-            raise self._ends(what, length, self.at)
-        raw = self.data[self.at : self.at + length]
-        self.at += length
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            raise self._bad(f"{what} is not UTF-8") from None
-
-    def _scalar(self, layout: str) -> Any:
-        width = struct.calcsize(layout)
-        if width > self.size - self.at:
-            raise self._ends("a field", width, self.at)
-        value = struct.unpack_from(layout, self.data, self.at)[0]
-        self.at += width
-        return value
-
-    # --- refusals -------------------------------------------------------------------------------------
-
-    def _check_count(self, count: int, least_bytes: int, what: str) -> None:
-        if count * least_bytes > self.size - self.at:
-            raise self._ends(f"{count} {what}", count * least_bytes, self.at)
-
-    def _spend(self, elements: int, key: str) -> None:
-        self.elements_left -= elements
-        if self.elements_left < 0:
-            raise self._bad(f"its metadata holds more than {_MAX_ELEMENTS} values (at {key!r})")
-
-    def _ends(self, what: str, needed: int, at: int) -> ModelFormatError:
-        left = max(0, self.size - at)
-        return ModelFormatError(
-            f"{self.name} is truncated or corrupt: {what} at byte {at} needs {needed} bytes and {left} of the file's "
-            f"{self.size} are left; fetch it again"
-        )
-
-    def _bad(self, why: str) -> ModelFormatError:
-        return ModelFormatError(f"{self.name} is no valid GGUF file: {why}; fetch it again or convert it anew")
+                raise self.bad(f"tensors {before.name!r} and {after.name!r} overlap")
