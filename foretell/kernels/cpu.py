@@ -85,7 +85,11 @@ class CpuKernels(ReferenceKernels):
             getattr(self._lib, function).restype = None
         self._lib.ft_packed_words.restype = c_int64
         self._checked: BatchContext | None = None
-        self._lib.ft_set_threads(torch.get_num_threads())
+        self.set_threads(torch.get_num_threads())
+
+    def set_threads(self, count: int) -> None:
+        """Threads of every kernel in this process; a result does not depend on it."""
+        self._lib.ft_set_threads(count)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         if weight.dtype not in FORMATS or weight.device.type != "cpu":
