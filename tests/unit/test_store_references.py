@@ -78,8 +78,8 @@ def test_a_broken_configuration(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize(
     "reference",
-    ["", "  ", "nonsense", "./none", "/none/at/all", "none.gguf", "pypi:", "pypi:../../x==1", "a\0b", "a/../b", "../a/b",
-     "org/name@../../x", "org/name:../x.gguf", "org/name:x.bin", "org/na me", "org/name/more", "~/none-at-all"],
+    ["", "  ", "nonsense", "./none", "/none/at/all", "none.gguf", "pypi:", "pypi:../../x==1", "a\0b", "a/../b",
+     "../a/b", "org/name@../../x", "org/name:../x.gguf", "org/name:x.bin", "org/na me", "org/name/more", "~/none-at-all"],
 )  # fmt: skip
 def test_what_names_nothing(tmp_path: Path, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -196,8 +196,8 @@ def test_only_weights_and_configuration_are_asked_for(tmp_path: Path, monkeypatc
     assert [(options["local_files_only"], options["revision"]) for options in asked] == [(False, "abc")]
     allowed = [
         name
-        for name in ("model-1.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "pytorch_model.bin",
-                     "model.pt", "modeling_x.py", "x.gguf", "x.pkl")
+        for name in ("model-1.safetensors", "config.json", "tokenizer.json", "chat_template.jinja",
+                     "pytorch_model.bin", "model.pt", "modeling_x.py", "x.gguf", "x.pkl")
         if any(fnmatch.fnmatch(name, pattern) for pattern in asked[0]["allow_patterns"])
     ]  # fmt: skip
     assert allowed == ["model-1.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (templates keep their own lines)
 """Chat templates: rendered as transformers renders them, and harmless when they mean harm."""
 
 from __future__ import annotations
@@ -5,7 +6,6 @@ from __future__ import annotations
 import time
 import tracemalloc
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,10 +78,8 @@ You are helpful<|im_end|>
 def theirs(source: str, messages: Sequence[Any], tools: Any, add_generation_prompt: bool) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered, _ = render_jinja_template(
-        conversations=[messages], tools=tools, chat_template=source, add_generation_prompt=add_generation_prompt,
-        **SPECIAL,
-    )  # fmt: skip
+    options: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt, **SPECIAL}
+    rendered = render_jinja_template(conversations=[list(messages)], chat_template=source, **options)[0]
     return str(rendered[0])
 
 
@@ -108,7 +106,7 @@ def test_extra_variables_reach_the_template() -> None:
 
 def test_a_template_may_refuse_messages() -> None:
     template = ChatTemplate("{{ raise_exception('Only user, please\nline two') }}", {})
-    with pytest.raises(InvalidRequestError, match="refuses these messages: Only user, please$"):
+    with pytest.raises(InvalidRequestError, match=r"refuses these messages: Only user, please$"):
         template.render(TALK)
 
 
@@ -224,6 +222,6 @@ def test_long_honest_conversations_pass() -> None:
     assert len(text) > 2_000_000
 
 
-def test_a_message_is_never_a_template(tmp_path: Path) -> None:
+def test_a_message_is_never_a_template() -> None:
     text = "{{ 7 * 7 }}{% for %}"
     assert ChatTemplate("{{ messages[0].content }}", {}).render([{"role": "user", "content": text}]) == text
