@@ -258,8 +258,9 @@ def glassllm_own_logits(prompt: list[int]) -> Tensor:
         from glassllm.model import GlassLM
     finally:
         sys.path.remove(folder)
+    model = GlassLM.load(Path(folder) / "glassllm/weights/en.npz")
     with no_grad():
-        return torch.from_numpy(GlassLM.load(Path(folder) / "glassllm/weights/en.npz")(prompt).data[0])
+        return torch.from_numpy(model(prompt).data[0])
 
 
 # --- oracles -------------------------------------------------------------------------------------------
