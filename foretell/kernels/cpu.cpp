@@ -69,17 +69,20 @@ void ft_rope(float* x, i64 tokens, i64 heads, i64 token_stride, i64 head_stride,
       rope_head(x + t * token_stride + h * head_stride, cos + t * R, sin + t * R, R);
 }
 
-// x [M, G, D] → cache [blocks, G, block_size, D] at slots.
-void ft_write_cache(const float* x, i64 token_stride, i64 head_stride, i64 M, i64 G, i64 D, const i64* slots,
-                    i64 block_size, void* cache, int format) {
+// k, v [M, G, D], strided alike or not → caches [blocks, G, block_size, D] at slots.
+void ft_write_kv(const float* k, const float* v, i64 k_token_stride, i64 k_head_stride, i64 v_token_stride,
+                 i64 v_head_stride, i64 M, i64 G, i64 D, const i64* slots, i64 block_size, void* k_cache, void* v_cache,
+                 int format) {
   with_format(format, [&](auto f) {
     using T = decltype(f);
-    auto* out = static_cast<typename T::T*>(cache);
+    auto *k_out = static_cast<typename T::T*>(k_cache), *v_out = static_cast<typename T::T*>(v_cache);
 #pragma omp parallel for num_threads(team(M* G* D, kElementsPerThread))
     for (i64 t = 0; t < M; t++)
       for (i64 g = 0; g < G; g++) {
         i64 block = slots[t] / block_size, offset = slots[t] % block_size;
-        narrow_row<T>(x + t * token_stride + g * head_stride, D, out + ((block * G + g) * block_size + offset) * D);
+        i64 to = ((block * G + g) * block_size + offset) * D;
+        narrow_row<T>(k + t * k_token_stride + g * k_head_stride, D, k_out + to);
+        narrow_row<T>(v + t * v_token_stride + g * v_head_stride, D, v_out + to);
       }
   });
 }

@@ -31,7 +31,7 @@ SIGNATURES = {
     "ft_activate": (_P, _P, _L, _L, _L, _I, _P),
     "ft_rope": (_P, _L, _L, _L, _L, _P, _P, _L),
     "ft_attention": (_P, _L, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _L, _F, _P, _I),
-    "ft_write_cache": (_P, _L, _L, _L, _L, _L, _P, _L, _P, _I),
+    "ft_write_kv": (_P, _P, _L, _L, _L, _L, _L, _L, _L, _P, _L, _P, _P, _I),
 }
 
 
@@ -153,12 +153,11 @@ class CpuKernels(ReferenceKernels):
         if context is not self._checked:
             self._check(context)
         M, G, D = k.shape
-        slots, form = context.groups[kv.group].slots.data_ptr(), FORMATS[kv.k.dtype]
-        for x, cache in ((k, kv.k), (v, kv.v)):
-            self._lib.ft_write_cache(
-                x.data_ptr(), x.stride(0), x.stride(1), M, G, D, slots, context.block_size,
-                cache.data_ptr(), form,
-            )  # fmt: skip
+        self._lib.ft_write_kv(
+            k.data_ptr(), v.data_ptr(), *k.stride()[:2], *v.stride()[:2], M, G, D,
+            context.groups[kv.group].slots.data_ptr(), context.block_size,
+            kv.k.data_ptr(), kv.v.data_ptr(), FORMATS[kv.k.dtype],
+        )  # fmt: skip
         return None
 
     def _check(self, context: BatchContext) -> None:
