@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from foretell.store.tokenizer import Tokenizer
 
 _SPACE: Final = "▁"
-_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class _SentencePiece:
         self._strip = strip
 
     def push(self, token: str) -> str:
-        match = _BYTE_TOKEN.fullmatch(token)
+        match = BYTE_TOKEN.fullmatch(token)
         if match:
             self._run.append(int(str(match[1]), 16))
             return ""

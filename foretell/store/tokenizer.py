@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from foretell.errors import InvalidRequestError, ModelFormatError, UnsupportedModelError
 from foretell.store.cache import cache_home
 from foretell.store.chat_template import ChatTemplate
-from foretell.store.detokenize import _BYTE_TOKEN, decoding_of, spelled_bytes
+from foretell.store.detokenize import BYTE_TOKEN, decoding_of, spelled_bytes
 from foretell.store.files import read_json
 from foretell.store.references import ModelFiles
 
@@ -94,7 +94,7 @@ class Tokenizer:
             return b""
         if self.decoding.kind == "byte-level":
             return spelled_bytes(token)
-        if self.decoding.kind == "sentencepiece" and (match := _BYTE_TOKEN.fullmatch(token)):
+        if self.decoding.kind == "sentencepiece" and (match := BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(match[1])
         return token.replace("▁", " ").encode() if self.decoding.kind != "other" else self.decode([token_id]).encode()
 

@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -34,7 +35,7 @@ def random_blocks(kind: str, rows: int, blocks_per_row: int) -> np.ndarray:
     return data.reshape(rows, -1)
 
 
-def write(path: Path, tensors: dict[str, tuple[np.ndarray, str]], alignment: int = 32) -> Path:
+def write(path: Path, tensors: dict[str, tuple[Any, str]], alignment: int = 32) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     if alignment != 32:
         writer.add_custom_alignment(alignment)
@@ -58,7 +59,7 @@ def write(path: Path, tensors: dict[str, tuple[np.ndarray, str]], alignment: int
 def small(tmp_path: Path) -> Path:
     weights = np.arange(64, dtype=np.float32).reshape(2, 32)
     quantised: np.ndarray = gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
-    tensors: dict[str, tuple[np.ndarray, str]] = {"w": (weights, "F32"), "q": (quantised, "Q8_0")}
+    tensors: dict[str, tuple[Any, str]] = {"w": (weights, "F32"), "q": (quantised, "Q8_0")}
     return write(tmp_path / "small.gguf", tensors)
 
 

@@ -79,7 +79,8 @@ def test_a_broken_configuration(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     "reference",
     ["", "  ", "nonsense", "./none", "/none/at/all", "none.gguf", "pypi:", "pypi:../../x==1", "a\0b", "a/../b",
-     "../a/b", "org/name@../../x", "org/name:../x.gguf", "org/name:x.bin", "org/na me", "org/name/more", "~/none-at-all"],
+     "../a/b", "org/name@../../x", "org/name:../x.gguf", "org/name:x.bin", "org/na me",
+     "org/name/more", "~/none-at-all"],
 )  # fmt: skip
 def test_what_names_nothing(tmp_path: Path, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -142,7 +142,8 @@ def test_sentencepiece_with_and_without_a_prefix_space() -> None:
 def test_unigram_takes_the_best_path() -> None:
     tokens, scores = ["<pad>", "</s>", "<unk>", "▁", "a", "b", "▁ab", "▁a"], [0, 0, 0, -2, -3, -3, -4, -2.5]
     metadata: dict[str, Any] = {"tokens": tokens, "token_type": [3, 3, 2, 1, 1, 1, 1, 1],
-                                "scores": [float(s) for s in scores], "eos_token_id": 1, "unknown_token_id": 2}  # fmt: skip
+                                "scores": [float(s) for s in scores],
+                                "eos_token_id": 1, "unknown_token_id": 2}  # fmt: skip
     tokenizer = build(gguf("t5", **metadata))
     assert tokenizer.encode("ab a") == [6, 7, 1]
     assert tokenizer.decode([6, 7, 1]) == "ab a"
