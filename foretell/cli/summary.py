@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import exp, isfinite
 from typing import TYPE_CHECKING, Any
 
 from foretell.cli import units
@@ -58,14 +59,19 @@ def as_dict(llm: LLM, result: RequestOutput) -> dict[str, Any]:
 
 
 def _logprob(llm: LLM, position: TokenLogprobs) -> dict[str, Any]:
-    top = [{"token_id": i, "token": _token(llm, i), "logprob": p} for i, p in position.top]
+    top = [{"token_id": i, "token": _token(llm, i), "logprob": _finite(p)} for i, p in position.top]
     return {
         "token_id": position.token_id,
         "token": _token(llm, position.token_id),
-        "logprob": position.logprob,
+        "logprob": _finite(position.logprob),
         "rank": position.rank,
         "top": top,
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinities: a token that was ruled out has null."""
+    return value if isfinite(value) else None
 
 
 def _token(llm: LLM, token_id: int) -> str | None:
@@ -128,8 +134,6 @@ def _stop_text(llm: LLM, reason: str | int) -> str:
 
 def _logprob_table(llm: LLM, logprobs: list[TokenLogprobs]) -> Table:
     """Each token with its probability, its rank, and its rivals."""
-    from math import exp
-
     from rich.table import Table
     from rich.text import Text
 
