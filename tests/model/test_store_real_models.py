@@ -281,14 +281,15 @@ def test_gemma() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore")
 def test_encoding_equals_transformers(name: str) -> None:
-    """But for two things transformers' GGUF conversion leaves out: SmolLM's digit split, and runs of more
+    """But for two things transformers' GGUF conversion leaves out: SmolLM's digit split (seen
+    where spaces come before digits, or a space before ½ and its like), and runs of more
     than 31 spaces, which SentencePiece takes 31 at a time."""
     from transformers import AutoTokenizer
 
     found = files(name)
     theirs = AutoTokenizer.from_pretrained(found.path.parent, gguf_file=found.path.name)
     for text in TEXTS:
-        if name == "smollm2-135m" and regex.search(r"\s\s\p{N}", text):
+        if name == "smollm2-135m" and regex.search(r"\s\s\p{N}|\s[^\P{N}0-9]", text):
             continue
         assert tokenizer(name).encode(text) == theirs.encode(text), text
         ids = theirs.encode(text)
