@@ -52,8 +52,8 @@ def timeline(points: Sequence[tuple[float, float]], seconds: float, width: int =
         return slices
     ends = [time for time, _ in points[1:]] + [seconds]
     for (start, value), end in zip(points, ends, strict=False):
-        first = min(width - 1, max(0, int(start / seconds * width)))
-        last = min(width - 1, max(first, math.ceil(end / seconds * width) - 1))
+        first = min(width - 1, int(min(1.0, max(0.0, start / seconds)) * width))
+        last = min(width - 1, max(first, math.ceil(min(1.0, max(0.0, end / seconds)) * width) - 1))
         for i in range(first, last + 1):
             slices[i] = max(slices[i], value)
     return slices

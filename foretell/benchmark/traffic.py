@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +82,7 @@ class Arrivals:
         return workload.adjusted(time_scale=scale, duration_seconds=self.duration_seconds)
 
     def requests_needed(self) -> int | None:
-        """How many to draw so that the duration is filled; None without a rate or a duration."""
-        if self.rate is None or self.duration_seconds is None:
+        """How many to draw so that the duration is filled; None without a (finite) rate or a duration."""
+        if self.rate is None or self.duration_seconds is None or math.isinf(self.rate):
             return None
         return min(MAX_REQUESTS, int(self.rate * self.duration_seconds * ENOUGH) + 20)

@@ -22,6 +22,7 @@ Encode = Callable[[str], list[int]]
 CHARACTERS_PER_TOKEN = 4  # of English text, when no tokenizer is at hand
 MAX_LENGTH = 2**31
 MAX_HASH = 2**62
+MAX_MILLISECONDS = 1e15  # 30,000 years
 
 
 def read_trace(
@@ -151,7 +152,7 @@ def _mooncake_request(line: str, block_tokens: int, place: _Place) -> TraceReque
         if name not in entry:
             raise place.error(f"{name} is missing")
     stamp, hashes = entry["timestamp"], entry.get("hash_ids", [])
-    if not isinstance(stamp, (int, float)) or isinstance(stamp, bool) or not math.isfinite(stamp):
+    if not isinstance(stamp, (int, float)) or isinstance(stamp, bool) or not abs(stamp) < MAX_MILLISECONDS:
         raise place.error(f"timestamp must be a number of milliseconds, got {_short(stamp)}")
     if not isinstance(hashes, list) or not all(type(h) is int and 0 <= h < MAX_HASH for h in hashes):
         raise place.error("hash_ids must be a list of whole numbers ≥ 0")
