@@ -65,7 +65,7 @@ def _private_directory(path: Path) -> Path:
 def _load_or_build(compiler: str, directory: Path) -> ctypes.CDLL:
     failure = ""
     for parallel in (_openmp_flags(), ()):
-        flags = (*FLAGS, _target_flag(), *parallel)
+        flags = (*FLAGS, _target_flag(), *parallel, *os.environ.get("FORETELL_CXXFLAGS", "").split())
         library = directory / f"{_fingerprint(compiler, flags)}.so"
         if not library.exists():
             failure = _compile(compiler, flags, library) or ""
