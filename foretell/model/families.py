@@ -29,39 +29,39 @@ class Family:
     naming: Callable[[ModelSpec], Naming]
 
 
-def _always(naming: Naming) -> Callable[[ModelSpec], Naming]:
-    return lambda spec: naming
+def _row(
+    stem: str,
+    spec: Callable[[ConfigReader], ModelSpec],
+    naming: Naming | Callable[[ModelSpec], Naming],
+    *,
+    name: str = "",
+    model_type: str = "",
+    architectures: tuple[str, ...] = (),
+) -> Family:
+    """A family whose classes are called after one stem, unless said otherwise."""
+    name = name or stem.lower()
+    found = naming if callable(naming) else lambda spec: naming
+    usual = (f"{stem}ForCausalLM", f"{stem}Model")
+    return Family(name, model_type or name, architectures or usual, spec, found)
 
+
+GEMMA3 = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3TextModel")
+GPT2 = ("GPT2LMHeadModel", "GPT2Model")
 
 FAMILIES = (
-    Family("llama", "llama", ("LlamaForCausalLM", "LlamaModel"), llama_like.llama, _always(llama_like.LLAMA_NAMES)),
-    Family(
-        "mistral", "mistral", ("MistralForCausalLM", "MistralModel"), llama_like.mistral,
-        _always(llama_like.LLAMA_NAMES),
-    ),
-    Family("qwen2", "qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), llama_like.qwen2, _always(llama_like.LLAMA_NAMES)),
-    Family("qwen3", "qwen3", ("Qwen3ForCausalLM", "Qwen3Model"), llama_like.qwen3, _always(llama_like.LLAMA_NAMES)),
-    Family(
-        "gemma3", "gemma3_text", ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3TextModel"),
-        llama_like.gemma3, _always(llama_like.GEMMA3_NAMES),
-    ),
-    Family("phi3", "phi3", ("Phi3ForCausalLM", "Phi3Model"), llama_like.phi3, _always(llama_like.PHI3_NAMES)),
-    Family(
-        "granite", "granite", ("GraniteForCausalLM", "GraniteModel"), llama_like.granite,
-        _always(llama_like.LLAMA_NAMES),
-    ),
-    Family("olmo2", "olmo2", ("Olmo2ForCausalLM", "Olmo2Model"), llama_like.olmo2, _always(llama_like.OLMO2_NAMES)),
-    Family("gpt2", "gpt2", ("GPT2LMHeadModel", "GPT2Model"), gpt_like.gpt2, _always(gpt_like.GPT2_NAMES)),
-    Family(
-        "gpt_neox", "gpt_neox", ("GPTNeoXForCausalLM", "GPTNeoXModel"), gpt_like.gpt_neox,
-        _always(gpt_like.GPT_NEOX_NAMES),
-    ),
-    Family(
-        "starcoder2", "starcoder2", ("Starcoder2ForCausalLM", "Starcoder2Model"), gpt_like.starcoder2,
-        _always(gpt_like.STARCODER2_NAMES),
-    ),
-    Family("falcon", "falcon", ("FalconForCausalLM", "FalconModel"), gpt_like.falcon, gpt_like.falcon_names),
-)  # fmt: skip
+    _row("Llama", llama_like.llama, llama_like.LLAMA_NAMES),
+    _row("Mistral", llama_like.mistral, llama_like.LLAMA_NAMES),
+    _row("Qwen2", llama_like.qwen2, llama_like.LLAMA_NAMES),
+    _row("Qwen3", llama_like.qwen3, llama_like.LLAMA_NAMES),
+    _row("Gemma3", llama_like.gemma3, llama_like.GEMMA3_NAMES, model_type="gemma3_text", architectures=GEMMA3),
+    _row("Phi3", llama_like.phi3, llama_like.PHI3_NAMES),
+    _row("Granite", llama_like.granite, llama_like.LLAMA_NAMES),
+    _row("Olmo2", llama_like.olmo2, llama_like.OLMO2_NAMES),
+    _row("GPT2", gpt_like.gpt2, gpt_like.GPT2_NAMES, architectures=GPT2),
+    _row("GPTNeoX", gpt_like.gpt_neox, gpt_like.GPT_NEOX_NAMES, name="gpt_neox"),
+    _row("Starcoder2", gpt_like.starcoder2, gpt_like.STARCODER2_NAMES),
+    _row("Falcon", gpt_like.falcon, gpt_like.falcon_names),
+)
 
 BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}

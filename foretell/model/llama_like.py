@@ -60,7 +60,11 @@ GEMMA3_NAMES = Naming(
     },
     # the last two: the text half of a multimodal checkpoint, as transformers 4 and 5 name it
     roots=("model.", "", "language_model.model.", "model.language_model."),
-    ignored=(INVERSE_FREQUENCIES, r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
+    ignored=(
+        INVERSE_FREQUENCIES,
+        r"(model\.)?(vision_tower|multi_modal_projector)\..*",
+        r"language_model\.lm_head\.weight",
+    ),
 )
 
 

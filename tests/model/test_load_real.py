@@ -56,13 +56,17 @@ def test_real_model_equals_its_oracle(name: str) -> None:
 
 def test_mha_rewrite_of_a_gqa_model_gives_the_same_logits() -> None:
     """Every K and V head written out once per query head that reads it: the same function, bit for bit."""
-    gqa, _ = loaded("smollm2", "reference")
-    mha, _ = loaded("smollm2-mha", "reference")
+    gqa, _ = loaded("smollm2", "auto")
+    mha, _ = loaded("smollm2-mha", "auto")
     assert (gqa.spec.attention_kind, mha.spec.attention_kind) == ("GQA", "MHA")
     assert mha.spec.kv_bytes_per_token(2) == 3 * gqa.spec.kv_bytes_per_token(2)
     prompt = list(models.info("smollm2").prompt) * 4
-    assert (prompt_logits(gqa, prompt) - prompt_logits(mha, prompt)).abs().max() < 1e-4
-    assert greedy(gqa, prompt, STEPS)[0] == greedy(mha, prompt, STEPS)[0]
+    assert torch.equal(prompt_logits(gqa, prompt), prompt_logits(mha, prompt))
+    (tokens, rows), (mha_tokens, mha_rows) = greedy(gqa, prompt, 16), greedy(mha, prompt, 16)
+    assert tokens == mha_tokens
+    # torch's own decode attention sums in another order when the number of K/V heads changes
+    tolerance = 0.0 if get_kernels("auto").name == "cpu" else 1e-4
+    assert (rows - mha_rows).abs().max() <= tolerance
 
 
 def test_glassllm_equals_its_own_numpy_code() -> None:
