@@ -42,7 +42,7 @@ def _spinner(text: str) -> Any:
         return nullcontext()
     from rich.console import Console
 
-    return Console(stderr=True).status(text)
+    return Console(stderr=True).status(text, refresh_per_second=4)  # the CPU has better things to do
 
 
 class TextOut:

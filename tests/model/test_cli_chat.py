@@ -57,7 +57,8 @@ def test_retry_and_undo(smollm2: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_context_is_said_and_survived(smollm2: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     too_long = "word " * 200
     filling = "word " * 100
-    result = chat(smollm2, monkeypatch, f"{too_long}\n/history\n{filling}\n/set max_tokens 100\n/retry\n/reset\nHi\n")
+    longest = "/set max_tokens 100\n/set min_tokens 100\n/retry\n/set min_tokens 0"
+    result = chat(smollm2, monkeypatch, f"{too_long}\n/history\n{filling}\n{longest}\n/reset\nHi\n")
     assert "the context is full: with this message" in result.stderr
     assert "(nothing said yet)" in result.stderr  # the refused message is gone
     assert "(the context of 160 tokens is full" in result.stderr

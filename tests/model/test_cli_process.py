@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from foretell.store import resolve
 from tests.model.test_cli_run import KEYS, TINY
 
 FORETELL = [sys.executable, "-m", "foretell.cli"]
@@ -59,12 +60,9 @@ def test_a_reader_that_leaves_ends_the_run(endless: list[str]) -> None:
 
 def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
     main, terminal = pty.openpty()
-    env = os.environ | {
-        "TERM": "dumb",
-        "PYTHONUNBUFFERED": "1",
-        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", ""),
-    }
-    command = [*FORETELL, "chat", "-n", "400", "--max-model-len", "512"]
+    model = str(resolve("smollm2-135m").path)
+    env = os.environ | {"TERM": "dumb", "FORETELL_HOME": str(tmp_path)}  # the line history goes there too
+    command = [*FORETELL, "chat", model, "-n", "400", "--max-model-len", "512"]
     with subprocess.Popen(
         command, stdin=terminal, stdout=terminal, stderr=terminal, env=env, start_new_session=True
     ) as process:
@@ -78,6 +76,8 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path) 
         os.write(main, b"\x04")
         assert process.wait(60) == 0, screen
     assert b"(stopped" in screen
+    assert "Count from" in (tmp_path / "chat_history").read_text()
+    assert (tmp_path / "chat_history").stat().st_mode & 0o077 == 0
     assert b"Traceback" not in screen
     os.close(main)
 
