@@ -7,7 +7,7 @@ from collections.abc import Sequence
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BAR = " ▏▎▍▌▋▊▉█"
 FULL_LAYER, SLIDING_LAYER = "█", "░"
-MAX_ROWS = 3
+MAX_ROWS = 4
 
 
 def head_rows(num_heads: int, num_kv_heads: int, width: int) -> list[tuple[str, str, str]]:
