@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from foretell.kernels.base import BatchContext, Kernels, KVGroupView, KVLayer
+from foretell.kernels.base import BatchContext, KVGroupView, KVLayer
 from foretell.model.transformer import Transformer
 
 
@@ -68,6 +70,17 @@ class PagedRunner:
         return self.model.logits(hidden)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For small models, and for machines that others use too: threads that spin for a busy core cost minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def prompt_logits(model: Transformer, prompt: list[int], chunk: int = 0, **options: int) -> Tensor:
     """Logits [len(prompt), vocab], the prompt fed in chunks (0: at once)."""
     runner = PagedRunner(model, max_tokens=len(prompt), **options)
@@ -85,9 +98,3 @@ def greedy(model: Transformer, prompt: list[int], steps: int, **options: int) ->
         tokens.append(int(logits.argmax()))
         rows.append(logits)
     return tokens, torch.stack(rows)
-
-
-def kernels_under_test() -> Kernels:
-    from foretell.kernels.reference import ReferenceKernels
-
-    return ReferenceKernels()

@@ -17,7 +17,7 @@ from foretell.model.load import load_model, spec_for
 from foretell.model.parameters import count_parameters
 from foretell.store import resolve
 from tests.model.models import hf_greedy
-from tests.model.paged import PagedRunner, greedy, prompt_logits
+from tests.model.paged import PagedRunner, greedy, one_thread, prompt_logits
 
 PROMPT = [3, 41, 8, 8, 65, 12, 30, 2, 57, 19, 44, 60, 5, 33, 21, 9, 50, 27, 14, 1, 63, 38, 17]
 STEPS = 32
@@ -161,17 +161,14 @@ class Made:
     greedy_logits: torch.Tensor
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Callable[[Case], Made]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Made]:
     """Makes each case once, for both backends."""
 
     @cache

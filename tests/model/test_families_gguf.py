@@ -7,7 +7,7 @@ is checked against something it did not make itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from foretell.model.load import load_model, spec_for
 from foretell.model.parameters import count_parameters
 from foretell.store import open_tensors, resolve
 from tests.model.models import hf_greedy
-from tests.model.paged import greedy, prompt_logits
+from tests.model.paged import greedy, one_thread, prompt_logits
 from tests.model.test_families import CASES, PROMPT, TOLERANCE, Case, _case, _neox, make
 
 BY_NAME = {case.name: case for case in CASES}
@@ -199,6 +199,12 @@ def gemma_at_its_defaults(case: Case) -> Case:
     return Case(
         case.name, case.model, case.config, {**case.options, "query_pre_attn_scalar": case.options["head_dim"]}
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.mark.parametrize(("case", "architecture"), FILES, ids=[f"{a}-{c.name}" for c, a in FILES])

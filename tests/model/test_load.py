@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from foretell.model.load import load_dummy, load_model, resolve_dtype, spec_for
 from foretell.model.parameters import count_parameters, weight_shapes
 from foretell.model.transformer import Transformer
 from foretell.store import ModelFiles, resolve
-from tests.model.paged import PagedRunner, greedy, prompt_logits
+from tests.model.paged import PagedRunner, greedy, one_thread, prompt_logits
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -37,6 +37,12 @@ CONFIG: dict[str, Any] = {
 }
 PROMPT = [4, 8, 15, 16, 23, 42]
 KERNELS = get_kernels("reference")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def write(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from foretell.model.parameters import count_parameters, estimate_parameters
 from foretell.model.transformer import Transformer
 from foretell.store import resolve
 from tests.model import models
-from tests.model.paged import PagedRunner, greedy, prompt_logits
+from tests.model.paged import PagedRunner, greedy, one_thread, prompt_logits
 
 STEPS = 32
 TOLERANCE = 2e-4  # of logits that reach ±35
@@ -31,7 +31,7 @@ def loaded(name: str, backend: str) -> tuple[Transformer, list[tuple[int, int]]]
 
 @pytest.fixture(autouse=True)
 def _inference() -> Any:
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         yield
 
 
