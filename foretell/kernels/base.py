@@ -63,6 +63,10 @@ class Kernels(Protocol):
 
     name: str
 
+    def set_threads(self, count: int) -> None:
+        """Threads that a call of this backend may use; results do not depend on it."""
+        ...
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """weight [N, K] in the dtype it shall be kept in; the result owns a copy in the best layout."""
         ...

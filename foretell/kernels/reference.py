@@ -43,6 +43,9 @@ class ReferenceKernels:
     def __init__(self, reason: str = "") -> None:
         self.reason = reason
 
+    def set_threads(self, count: int) -> None:
+        torch.set_num_threads(count)
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return ReferenceLinear(weight, bias)
 

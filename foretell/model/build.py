@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from math import prod
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -47,22 +50,32 @@ class Builder:
         self.shapes = weight_shapes(spec)
         self.progress = progress
         self.loaded = 0
+        self.lock = Lock()
         self.total = sum(prod(shape) for name, shape in self.shapes.items() if self._holds(name))
 
     def build(self) -> Transformer:
         spec, layers = self.spec, self.layers
-        first, last = layers.start == 0, layers.stop == spec.num_layers
-        table = None
-        if first or (last and spec.tied_embeddings):
-            table = self.tensor("embedding.weight", self.dtype)
+        with one_thread_per_layer(self.kernels) as pool:
+            ends = pool.submit(self.ends)
+            blocks = list(pool.map(self.block, layers))
+            embedding, head = ends.result()
         return Transformer(
             spec=spec,
-            embedding=self.embedding(table) if first and table is not None else None,
-            head=self.head(table) if last else None,
-            blocks=[self.block(layer) for layer in layers],
-            final_norm=self.norm("final_norm") if last else None,
+            embedding=embedding,
+            head=head,
+            blocks=blocks,
+            final_norm=self.norm("final_norm") if layers.stop == spec.num_layers else None,
             first_layer=layers.start,
         )
+
+    def ends(self) -> tuple[Embedding | None, Head | None]:
+        """What this stage has of embedding and head; tied ones are read once."""
+        first, last = self.layers.start == 0, self.layers.stop == self.spec.num_layers
+        table = None
+        if first or (last and self.spec.tied_embeddings):
+            table = self.tensor("embedding.weight", self.dtype)
+        embedding = self.embedding(table) if first and table is not None else None
+        return embedding, self.head(table) if last else None
 
     def embedding(self, table: Tensor) -> Embedding:
         positions = self.tensor("positions.weight", self.dtype) if self.spec.learned_positions else None
@@ -130,9 +143,10 @@ class Builder:
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self.weights.read(name, dtype).to(self.device)
-        self.loaded += tensor.numel()
-        if self.progress is not None:
-            self.progress(self.loaded, self.total)
+        with self.lock:
+            self.loaded += tensor.numel()
+            if self.progress is not None:
+                self.progress(self.loaded, self.total)
         return tensor
 
     def _holds(self, name: str) -> bool:
@@ -143,3 +157,19 @@ class Builder:
         if name.startswith("embedding."):
             return first or (last and self.spec.tied_embeddings)
         return first if name.startswith("positions.") else last
+
+
+@contextmanager
+def one_thread_per_layer(kernels: Kernels) -> Iterator[ThreadPoolExecutor]:
+    """Layers are read side by side, each by one thread from end to end: many small steps that all threads had to
+    finish together would wait for the slowest at each, tenfold on a busy machine."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="foretell-load")
+    torch.set_num_threads(1)
+    kernels.set_threads(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+        kernels.set_threads(threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Collection
 from typing import Protocol
 
@@ -43,8 +44,8 @@ class FileWeights:
         naming = naming_of(source, spec)
         self.sources = naming.sources(spec, names)
         _check(self.sources, source, names, _ignored(naming, spec))
-        # A fused tensor is asked for part by part, one after the other: keep the last one read.
-        self._last: tuple[str, torch.dtype, Tensor] | None = None
+        # A fused tensor is asked for part by part, one after the other: each thread keeps the last one it read.
+        self._kept = _Kept()
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         place = self.sources[name]
@@ -55,16 +56,21 @@ class FileWeights:
         return tensor
 
     def _read_raw(self, place: Source, dtype: torch.dtype) -> Tensor:
-        if self._last is not None and self._last[:2] == (place.name, dtype):
-            return self._last[2]
-        self._last = None  # let go of the former one first
+        last = self._kept.last
+        if last is not None and last[:2] == (place.name, dtype):
+            return last[2]
+        self._kept.last = last = None  # let go of the former one first
         tensor = self.source.read(place.name, dtype)
         # A sum is not finite when any element is not, and costs one pass over memory.
         if not torch.isfinite(tensor.sum(dtype=torch.float32)):
             raise ModelFormatError(f"tensor {place.name!r} holds NaN or infinite values; fetch the model again")
         if place.transform is not None:
-            self._last = (place.name, dtype, tensor)
+            self._kept.last = (place.name, dtype, tensor)
         return tensor
+
+
+class _Kept(threading.local):
+    last: tuple[str, torch.dtype, Tensor] | None = None
 
 
 def _ignored(naming: Naming, spec: ModelSpec) -> re.Pattern[str]:
