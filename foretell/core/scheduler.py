@@ -166,7 +166,8 @@ class Scheduler:
                 self._admit_before((rank, key), waiting_rank, plan, now)
             if plan.budget <= 0 or len(plan.chunks) >= plan.max_seqs:
                 break
-            if request.state is State.RUNNING:  # not preempted meanwhile by one before it
+            # not preempted meanwhile by one before it, nor even admitted again since
+            if request.state is State.RUNNING and request.last_turn < self.turn:
                 self._try_plan(request, plan)
         self._admit_before(None, waiting_rank, plan, now)
         return self._submit(plan)

@@ -1,0 +1,24 @@
+"""Cases that a review of the core found wrong once, each as the smallest run that shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foretell.config import SchedulerConfig
+from tests.unit.test_scheduler_invariants import Run
+
+
+def test_a_request_preempted_and_readmitted_in_one_turn_is_planned_once() -> None:
+    """With a sliding window a victim gives back more than its return needs: it can be back within the turn."""
+    setup: dict[str, Any] = {
+        "config": SchedulerConfig(
+            max_num_seqs=12, max_num_batched_tokens=64, max_model_len=160, max_chunk_tokens=40, block_size=3,
+            watermark=0.0, starvation_turns=1000,
+        ),
+        "windows": (9,), "num_blocks": (15,), "depth": 2, "chain": 2,
+        "seed": 854, "n": 35, "force": 0.2, "aborts": 0.0,
+    }  # fmt: skip
+    run = Run(setup)
+    run.drain()
+    for batch in run.executor.batches:
+        assert len({chunk.request_id for chunk in batch.chunks}) == len(batch.chunks)
