@@ -346,11 +346,12 @@ class Scheduler:
                 continue
             request.last_turn = self.turn
             news = by_request.get(chunk.request_id)
+            computed = chunk.start + chunk.length
+            # before the token is taken in: a request that it ends has published its prompt all the same
+            if computed // block_size > request.published and (news is None or news.error is None):
+                self.blocks.publish(request, computed)
             if news is not None:
                 outputs.append(self._accept(request, news))
-            computed = chunk.start + chunk.length
-            if computed // block_size > request.published and request.state is State.RUNNING:
-                self.blocks.publish(request, computed)
         return outputs
 
     def _accept(self, request: Request, news: ChunkResult) -> Output:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from foretell.config import SchedulerConfig
+from foretell.core.engine import Engine
+from foretell.core.params import SamplingParams
+from foretell.executor.virtual import LinearCost, VirtualExecutor
 from tests.unit.test_scheduler_invariants import Run
 
 
@@ -22,3 +25,12 @@ def test_a_request_preempted_and_readmitted_in_one_turn_is_planned_once() -> Non
     run.drain()
     for batch in run.executor.batches:
         assert len({chunk.request_id for chunk in batch.chunks}) == len(batch.chunks)
+
+
+def test_a_request_ended_by_its_first_token_still_leaves_its_prompt_in_the_cache() -> None:
+    engine = Engine(SchedulerConfig(), VirtualExecutor(LinearCost(), (64,)))
+    for i in range(2):
+        request = engine.add(i, list(range(100)), SamplingParams(max_tokens=1))
+        while engine.has_work:
+            engine.step()
+    assert request.cached_tokens == 96
