@@ -27,7 +27,7 @@ def get_kernels(name: str = "auto", *, device: str = "cpu", batch_invariant: boo
         return ReferenceKernels(f"the C++ kernels run on the CPU, not on {device}")
     if name in ("auto", "cpu"):
         try:
-            return CpuKernels()
+            return CpuKernels(batch_invariant)
         except BuildError as error:
             if name == "cpu":
                 raise ConfigError(f"the cpu kernels cannot be used: {error}") from error

@@ -36,8 +36,28 @@ void ft_pack_weight(const char* w, i64 N, i64 K, i64 row_bytes, int format, uint
   with_format(format, [&](auto f) { pack_weight<decltype(f)>(w, N, K, row_bytes, out); });
 }
 
+int ft_has_openmp() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int ft_rounds_activations() {  // whether `exact` makes a difference to ft_linear
+#ifdef FORETELL_DOT
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 void ft_linear(const float* x, i64 ldx, i64 M, i64 N, i64 K, const uint32_t* w, const float* bias, float* y,
-               int format) {
+               int format, int exact) {
+#ifdef FORETELL_DOT
+  if (format == kBFloat16 && !exact && M >= kDotRows) return multiply<BF16Dot>({x, ldx, M, N, K, w, bias, y});
+#endif
+  (void)exact;
   with_format(format, [&](auto f) { multiply<decltype(f)>({x, ldx, M, N, K, w, bias, y}); });
 }
 

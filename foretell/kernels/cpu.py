@@ -23,9 +23,11 @@ ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "rel
 _P, _L, _I, _F = c_void_p, c_int64, c_int, c_float
 SIGNATURES = {
     "ft_set_threads": (_I,),
+    "ft_has_openmp": (),
+    "ft_rounds_activations": (),
     "ft_packed_words": (_L, _L, _I),
     "ft_pack_weight": (_P, _L, _L, _L, _I, _P),
-    "ft_linear": (_P, _L, _L, _L, _L, _P, _P, _P, _I),
+    "ft_linear": (_P, _L, _L, _L, _L, _P, _P, _P, _I, _I),
     "ft_rms_norm": (_P, _P, _L, _L, _L, _L, _L, _F, _P),
     "ft_layer_norm": (_P, _P, _P, _L, _L, _L, _F, _P),
     "ft_activate": (_P, _P, _L, _L, _L, _I, _P),
@@ -33,14 +35,29 @@ SIGNATURES = {
     "ft_attention": (_P, _L, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _L, _F, _P, _I),
     "ft_write_kv": (_P, _P, _L, _L, _L, _L, _L, _L, _L, _P, _L, _P, _P, _I),
 }
+RESULTS = {"ft_packed_words": _L, "ft_has_openmp": _I, "ft_rounds_activations": _I}
 
 
 class CpuLinear:
-    """A weight packed in panels of 32 columns; the only copy, in the dtype it came in."""
+    """A weight packed in panels of 32 columns; the only copy, in the dtype it came in.
 
-    __slots__ = ("_bias", "_bias_ptr", "_call", "_format", "_packed", "_packed_ptr", "in_features", "out_features")
+    Activations stay float32, except that a CPU with bfloat16 dot products rounds those of six rows or more
+    for a bfloat16 weight, unless ``exact``.
+    """
 
-    def __init__(self, lib: CDLL, weight: Tensor, bias: Tensor | None) -> None:
+    __slots__ = (
+        "_bias",
+        "_bias_ptr",
+        "_call",
+        "_exact",
+        "_format",
+        "_packed",
+        "_packed_ptr",
+        "in_features",
+        "out_features",
+    )
+
+    def __init__(self, lib: CDLL, weight: Tensor, bias: Tensor | None, exact: bool) -> None:
         self.out_features, self.in_features = weight.shape
         weight = weight.detach()
         if weight.stride(1) != 1:
@@ -55,7 +72,7 @@ class CpuLinear:
         )
         self._bias = None if bias is None else bias.detach().float().clone()
         self._bias_ptr = None if self._bias is None else self._bias.data_ptr()
-        self._call = lib.ft_linear
+        self._call, self._exact = lib.ft_linear, int(exact)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype is not torch.float32:
@@ -67,24 +84,30 @@ class CpuLinear:
         y = torch.empty(rows, N)
         self._call(
             x.data_ptr(), x.stride(0), rows, N, K,
-            self._packed_ptr, self._bias_ptr, y.data_ptr(), self._format,
+            self._packed_ptr, self._bias_ptr, y.data_ptr(), self._format, self._exact,
         )  # fmt: skip
         return y
 
 
 class CpuKernels(ReferenceKernels):
-    """Threads are those torch has at construction, in one pool shared with it."""
+    """Threads are those torch has at construction, in one pool shared with it.
+
+    Every result is the same bits whatever the batch, the chunk or the threads; only a CPU with bfloat16 dot
+    products needs ``batch_invariant`` for that (see ``CpuLinear``).
+    """
 
     name = "cpu"
 
-    def __init__(self, reason: str = "") -> None:
-        super().__init__(reason)
+    def __init__(self, batch_invariant: bool = False) -> None:
+        super().__init__()
+        self.batch_invariant = batch_invariant
         self._lib = load_library()
         for function, arguments in SIGNATURES.items():
             getattr(self._lib, function).argtypes = arguments
-            getattr(self._lib, function).restype = None
-        self._lib.ft_packed_words.restype = c_int64
+            getattr(self._lib, function).restype = RESULTS.get(function)
         self._checked: BatchContext | None = None
+        if not self._lib.ft_has_openmp():
+            self.reason = "built without OpenMP: one thread"
         self.set_threads(torch.get_num_threads())
 
     def set_threads(self, count: int) -> None:
@@ -94,7 +117,7 @@ class CpuKernels(ReferenceKernels):
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         if weight.dtype not in FORMATS or weight.device.type != "cpu":
             return super().pack_linear(weight, bias)
-        return CpuLinear(self._lib, weight, bias)
+        return CpuLinear(self._lib, weight, bias, self.batch_invariant)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype is not torch.float32 or weight.dtype is not torch.float32:

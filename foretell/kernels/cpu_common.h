@@ -223,6 +223,32 @@ struct F16 {
   static INLINE uint16_t narrow(float x) { return float_to_f16(x); }
 };
 
+// acc + factor · weight; BF16Dot has its own.
+template <class T>
+INLINE vf multiply_add(vf factor, vf weight, vf acc) {
+  return fma(factor, weight, acc);
+}
+
+#if defined(FORETELL_AVX512) && (defined(__AVX512BF16__) || defined(FORETELL_EMULATE_DOT))
+#define FORETELL_DOT 1
+// Bfloat16 weights met by activations rounded to bfloat16, two products an instruction: twice the rate.
+struct BF16Dot {
+  typedef uint16_t T;
+  static constexpr int per_word = 1;  // factors a word of weights takes: one, that holds two numbers
+  static INLINE vf low(vu w) { return (vf)w; }
+  static INLINE vf high(vu w) { return (vf)w; }
+};
+template <>
+INLINE vf multiply_add<BF16Dot>(vf factor, vf weight, vf acc) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)factor, (__m512bh)weight);
+#else
+  acc = fma(BF16::high((vu)factor), BF16::high((vu)weight), acc);
+  return fma(BF16::low((vu)factor), BF16::low((vu)weight), acc);
+#endif
+}
+#endif
+
 enum Format { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // --- threads and scratch memory ---

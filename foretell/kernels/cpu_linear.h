@@ -14,6 +14,7 @@ constexpr int V = NR / W;       // vectors across a panel
 constexpr int kMaxRows = W == 16 ? 14 : W == 8 ? 3 : 3;  // accumulators fill the registers, less what they need
 constexpr i64 kBlockK = 768;    // k of one pass over a tile: a tile of x stays in L1
 constexpr i64 kBlockRows = W == 16 ? 168 : 96;  // rows of one pass over a panel: they stay in L2
+constexpr i64 kDotRows = 6;                     // from here on products, not memory, take the time
 constexpr i64 kPackedFloats = i64(1) << 21;     // of x packed at a time (8 MiB)
 
 struct LinearArgs {
@@ -46,7 +47,7 @@ void tile(const float* x, const uint32_t* w, i64 panel_words, i64 words, float* 
         UNROLL for (int v = 0; v < V; v++) weight[v] = h ? T::high(word[v]) : T::low(word[v]);
         UNROLL for (int m = 0; m < MR; m++) {
           vf factor = splat(x[h * MR + m]);
-          UNROLL for (int v = 0; v < V; v++) acc[m][p * V + v] = fma(factor, weight[v], acc[m][p * V + v]);
+          UNROLL for (int v = 0; v < V; v++) acc[m][p * V + v] = multiply_add<T>(factor, weight[v], acc[m][p * V + v]);
         }
       }
     }
@@ -108,6 +109,16 @@ INLINE void pack_rows(const float* x, i64 ldx, int rows, i64 K, i64 padded_k, fl
   for (i64 i = K * rows; i < padded_k * rows; i++) out[i] = 0;
 }
 
+// The same with two rounded numbers in the place of one.
+INLINE void pack_rounded_rows(const float* x, i64 ldx, int rows, i64 K, float* out) {
+  for (int m = 0; m < rows; m++)
+    for (i64 k = 0; k < K; k += 2) {
+      uint32_t high = k + 1 < K ? float_to_bf16(x[m * ldx + k + 1]) : 0;
+      uint32_t word = float_to_bf16(x[m * ldx + k]) | high << 16;
+      std::memcpy(out + k / 2 * rows + m, &word, sizeof word);
+    }
+}
+
 // Tiles [t0, t1) × panels [p0, p1), k in passes: a panel's pass is read once for all the tiles.
 template <class T>
 void block(const LinearArgs& a, const Tiling& tiling, const float* packed, i64 words, i64 t0, i64 t1, i64 p0,
@@ -133,9 +144,12 @@ void block(const LinearArgs& a, const Tiling& tiling, const float* packed, i64 w
 }
 
 template <class T>
+constexpr i64 kNumbersPerWord = i64(4 / sizeof(typename T::T));
+
+template <class T>
 void multiply_rows(const LinearArgs& a) {
   static thread_local Scratch scratch;
-  i64 words = (a.K + T::per_word - 1) / T::per_word, panels = (a.N + NR - 1) / NR;
+  i64 words = (a.K + kNumbersPerWord<T> - 1) / kNumbersPerWord<T>, panels = (a.N + NR - 1) / NR;
   i64 padded_k = words * T::per_word;
   float* packed = scratch.get(size_t(a.M * padded_k));
   Tiling tiling(a.M);
@@ -148,9 +162,12 @@ void multiply_rows(const LinearArgs& a) {
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (i64 t = 0; t < tiling.tiles; t++)
-      pack_rows(a.x + tiling.start(t) * a.ldx, a.ldx, tiling.height(t), a.K, padded_k,
-                packed + tiling.start(t) * padded_k);
+    for (i64 t = 0; t < tiling.tiles; t++) {
+      const float* x = a.x + tiling.start(t) * a.ldx;
+      float* to = packed + tiling.start(t) * padded_k;
+      if (T::per_word == kNumbersPerWord<T>) pack_rows(x, a.ldx, tiling.height(t), a.K, padded_k, to);
+      else pack_rounded_rows(x, a.ldx, tiling.height(t), a.K, to);
+    }
 #pragma omp for schedule(dynamic) nowait
     for (i64 task = 0; task < groups * row_blocks; task++) {
       i64 t0 = task / groups * per_block, p0 = task % groups * group;
@@ -162,8 +179,8 @@ void multiply_rows(const LinearArgs& a) {
 
 template <class T>
 void multiply(LinearArgs a) {
-  i64 words = (a.K + T::per_word - 1) / T::per_word, panels = (a.N + NR - 1) / NR;
-  if (a.M == 1 && a.K % T::per_word == 0) {
+  i64 words = (a.K + kNumbersPerWord<T> - 1) / kNumbersPerWord<T>, panels = (a.N + NR - 1) / NR;
+  if (a.M == 1 && a.K == words * T::per_word) {
     int threads = team(panels * words, 1 << 10);
 #pragma omp parallel num_threads(threads)
     {
@@ -185,13 +202,13 @@ void multiply(LinearArgs a) {
 template <class T>
 void pack_weight(const char* w, i64 N, i64 K, i64 row_bytes, uint32_t* out) {
   constexpr i64 size = sizeof(typename T::T);
-  i64 words = (K + T::per_word - 1) / T::per_word, panels = (N + NR - 1) / NR;
+  i64 words = (K + kNumbersPerWord<T> - 1) / kNumbersPerWord<T>, panels = (N + NR - 1) / NR;
 #pragma omp parallel for num_threads(team(N* K, 1 << 16))
   for (i64 p = 0; p < panels; p++)
     for (i64 k = 0; k < words; k++)
       for (i64 c = 0; c < NR; c++) {
         uint32_t word = 0;
-        i64 n = p * NR + c, left = (K - k * T::per_word) * size;
+        i64 n = p * NR + c, left = (K - k * kNumbersPerWord<T>) * size;
         if (n < N) std::memcpy(&word, w + n * row_bytes + k * 4, left < 4 ? left : 4);
         out[(p * words + k) * NR + c] = word;
       }

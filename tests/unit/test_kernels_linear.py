@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,3 +134,26 @@ def test_special_numbers_pass(cpu):
         w = torch.tensor([[6e-8, 65504.0, float("inf"), 1.0]]).T.to(dtype).contiguous()
         y = cpu.pack_linear(w, None)(torch.ones(1, 1))
         assert torch.equal(y[0], w[:, 0].float())
+
+
+@pytest.mark.slow
+def test_bfloat16_dot_products_round_activations_only_where_allowed(tmp_path):
+    """The path of CPUs with such instructions, emulated; it builds the kernels anew."""
+    code = """
+import torch
+from foretell.kernels import get_kernels
+x, w = torch.randn(40, 577), torch.randn(70, 577).bfloat16()
+exact, rounded = x.double() @ w.double().T, x.bfloat16().double() @ w.double().T
+error = lambda y, e: float(((y - e).abs() / (x.double().abs() @ w.double().abs().T)[: len(y)]).max())
+fast = get_kernels("cpu").pack_linear(w, None)
+slow = get_kernels("cpu", batch_invariant=True).pack_linear(w, None)
+assert error(fast(x), rounded) < 1e-6 < error(fast(x), exact)
+assert torch.equal(torch.cat([fast(p) for p in x.split(8)]), fast(x))
+assert error(fast(x[:5]), exact[:5]) < 1e-6
+assert error(slow(x), exact) < 1e-6
+assert torch.equal(torch.cat([slow(p) for p in x.split(1)]), slow(x))
+"""
+    flags = "-march=native -DFORETELL_EMULATE_DOT"
+    environment = {**os.environ, "FORETELL_HOME": str(tmp_path), "FORETELL_CXXFLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
