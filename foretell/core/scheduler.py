@@ -110,9 +110,22 @@ class Scheduler:
     def _enqueue(self, request: Request) -> None:
         request.state = State.WAITING
         request.last_turn = self.turn
-        heapq.heappush(self._waiting, (request.key, request.order, request))
         self._by_age.append((self.turn, request))
         self.num_waiting += 1
+        self._push_waiting(request)
+
+    def _push_waiting(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.key, request.order, request))
+        if max(len(self._waiting), len(self._by_age)) > 4 * self.num_waiting + 64:
+            self._drop_stale_entries()
+
+    def _drop_stale_entries(self) -> None:
+        """Those of requests that ended or were promoted meanwhile: under a lasting overload none comes up. The
+        one being admitted, which counts as running already, keeps its own."""
+        left = State.FINISHED
+        self._waiting = [e for e in self._waiting if e[2].state is not left and e[0] == e[2].key]
+        heapq.heapify(self._waiting)
+        self._by_age = deque(e for e in self._by_age if e[1].state is not left and e[0] == e[1].last_turn)
 
     def finish(self, request_id: int, reason: str) -> bool:
         """End a request now, whatever it is doing; False if it is not there (any more)."""
@@ -185,7 +198,8 @@ class Scheduler:
     def _max_seqs_in_batch(self) -> int:
         """With a pipeline (several batches in flight, no chaining) each batch takes its share of the requests."""
         if self.depth > 1 and self.chain == 0:
-            return max(1, -(-(len(self.running) + self.num_waiting) // self.depth))
+            present = min(self.config.max_num_seqs, len(self.running) + self.num_waiting)
+            return max(1, -(-present // self.depth))
         return self.config.max_num_seqs
 
     def _ranked_running(self) -> list[tuple[int, tuple[int, int], Request]]:
@@ -284,7 +298,7 @@ class Scheduler:
             self._by_age.popleft()
             if waits and request.key[0] != AGED:
                 request.key = (AGED, request.order)
-                heapq.heappush(self._waiting, (request.key, request.order, request))
+                self._push_waiting(request)
 
     def _admit(self, request: Request, plan: _Plan, now: float) -> bool:
         if len(self.running) >= self.config.max_num_seqs or plan.blocked_from is not None:

@@ -34,3 +34,39 @@ def test_a_request_ended_by_its_first_token_still_leaves_its_prompt_in_the_cache
         while engine.has_work:
             engine.step()
     assert request.cached_tokens == 96
+
+
+def test_a_lasting_overload_does_not_pile_up_stale_queue_entries() -> None:
+    """Every request waits long enough to be aged, and the queue never runs dry."""
+    config = SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=64, starvation_turns=2)
+    engine = Engine(config, VirtualExecutor(LinearCost(), (64,)))
+    for i in range(4000):
+        engine.add(i, [i] * 8, SamplingParams(max_tokens=1), priority=i % 3)
+        if i >= 40:
+            engine.step()
+    scheduler = engine.scheduler
+    assert 10 < scheduler.num_waiting < 100
+    assert len(scheduler._waiting) + len(scheduler._by_age) < 1000
+
+
+def test_waiting_requests_that_left_are_forgotten_while_others_keep_the_batch_full() -> None:
+    config = SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=64, starvation_turns=10**9)
+    engine = Engine(config, VirtualExecutor(LinearCost(), (64,)))
+    engine.add(0, [1], SamplingParams(max_tokens=900))
+    engine.add(1, [1], SamplingParams(max_tokens=1))
+    for i in range(2, 800):
+        engine.add(i, [i] * 8, SamplingParams())
+        engine.step()
+        engine.finish(i)
+    assert len(engine.scheduler._waiting) + len(engine.scheduler._by_age) < 200
+
+
+def test_a_pipeline_s_batches_share_the_decodes_however_many_requests_wait() -> None:
+    config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
+    records: list[dict[str, Any]] = []
+    engine = Engine(config, VirtualExecutor(LinearCost(), (64,), depth=4), on_step=records.append)
+    for i in range(100):
+        engine.add(i, [i] * 4, SamplingParams(max_tokens=30))
+    while engine.has_work:
+        engine.step()
+    assert max(len(record["chunks"]) for record in records) <= 2
