@@ -87,4 +87,7 @@ def test_gemma_beyond_its_sliding_window() -> None:
         hidden = model.forward(tokens, runner.context([len(tokens)]), runner.kv)
         runner.lengths = [start + len(tokens)]
     wanted = models.oracle("gemma3-270m")(torch.tensor([prompt]), logits_to_keep=64).logits[0]
-    assert (model.logits(hidden[-64:]) - wanted).abs().max() < TOLERANCE
+    error = (model.logits(hidden[-64:]) - wanted).abs().max()
+    # transformers rounds rotary angles to float32, which at position 700 is worth 8e-4 of logits up to 60;
+    # with its tables in place of ours the difference is 2e-4, as between its own two attention kernels.
+    assert error < 3e-5 * wanted.abs().max()
