@@ -131,19 +131,38 @@ class BlockManager:
 
     # -- holding blocks -----------------------------------------------------------------------------
 
-    def shortage(self, request: Request, cached: int, num_tokens: int) -> int:
-        """Blocks by which the free ones fall short of ``num_tokens`` after a hit of ``cached`` tokens, in the
-        tightest group; negative: so many are left over. Counts cached blocks that are free now as taken."""
+    def shortage(self, request: Request, cached: int, num_tokens: int, reserved: Sequence[int]) -> int:
+        """Blocks by which the free ones, less those ``reserved`` in each group, fall short of ``num_tokens`` after
+        a hit of ``cached`` tokens, in the tightest group; negative: so many are left over. Counts cached blocks
+        that are free now as taken."""
         worst = -(2**62)
         hits = cached // self.block_size
-        for pool, window in zip(self.pools, self.windows, strict=True):
+        for pool, window, promised in zip(self.pools, self.windows, reserved, strict=True):
             first = 0 if window is None else self._first_needed(cached, window)
             revived = sum(1 for h in request.hashes[first:hits] if not pool.references[pool.cached[h]])
             wanted = self.blocks_for(num_tokens) - hits + revived
             if window is not None:  # it gives blocks back as it goes on
                 wanted = min(wanted, self.blocks_for(window) + 1)
-            worst = max(worst, wanted - pool.num_free)
+            worst = max(worst, wanted + promised - pool.num_free)
         return worst
+
+    def still_to_take(self, request: Request, num_tokens: int, group: int) -> int:
+        """Blocks of a group that a request needs beyond those it holds, on its way to ``num_tokens``."""
+        held, window = len(request.blocks[group]), self.windows[group]
+        wanted = self.blocks_for(num_tokens) - held
+        if window is not None:
+            live = held - request.releasable_from[group]
+            wanted = min(wanted, max(0, self.blocks_for(window) + 1 - live))
+        return wanted
+
+    def fit_windows(self, request: Request, start: int, length: int, *, spare: int) -> int:
+        """``length``, or as much of a chunk from ``start`` as the sliding groups' free blocks but ``spare`` hold:
+        better a short chunk than to wait, or to preempt, for what its own window gives back soon. At least 1."""
+        for table, pool, window in zip(request.blocks, self.pools, self.windows, strict=True):
+            if window is not None:
+                room = len(table) + max(0, pool.num_free - spare)
+                length = min(length, room * self.block_size - start)
+        return max(1, length)
 
     def attach(self, request: Request, cached: int) -> None:
         """Start the block tables with the shared blocks of a hit of ``cached`` tokens: no copy."""

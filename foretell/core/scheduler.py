@@ -234,6 +234,9 @@ class Scheduler:
             length = min(length, plan.budget, self.chunk_cap)
         if self.windowed:
             self.blocks.drop_outside_windows(request, start)
+            if length > 1:
+                others = len(self.running) - (request in self.running)
+                length = self.blocks.fit_windows(request, start, length, spare=others)
         if length == 1 and start % self.config.block_size:
             new_blocks = self.no_blocks  # its place is in a block it holds: the usual case of a decode
         else:
@@ -306,7 +309,7 @@ class Scheduler:
         if not self.policy.mixes and plan.prefill is False:
             return False
         cached = self.blocks.find_cached(request)
-        spare = -self.blocks.shortage(request, cached, len(request.tokens)) - self._reserved_blocks()
+        spare = -self.blocks.shortage(request, cached, len(request.tokens), self._reserved_blocks())
         if spare < (self.watermark_blocks if self.running else 0):
             return False
         self.blocks.attach(request, cached)
@@ -336,12 +339,13 @@ class Scheduler:
         if request.first_scheduled is None:
             request.first_scheduled = now
 
-    def _reserved_blocks(self) -> int:
-        """Blocks that running prompts have still to take: promised, though not held yet."""
-        size = self.config.block_size
-        return sum(
-            -(-r.prefill_end // size) - -(-r.planned // size) for r in self.running if r.planned < r.prefill_end
-        )
+    def _reserved_blocks(self) -> list[int]:
+        """Blocks of each group that running prompts have still to take: promised, though not held yet."""
+        prompts = [r for r in self.running if r.planned < r.prefill_end]
+        return [
+            sum(self.blocks.still_to_take(r, r.prefill_end, group) for r in prompts)
+            for group in range(len(self.blocks.pools))
+        ]
 
     # -- update -------------------------------------------------------------------------------------
 

@@ -265,7 +265,7 @@ def mutate_ageing(scheduler: Any) -> None:
 
 
 def mutate_reservation(scheduler: Any) -> None:
-    scheduler._reserved_blocks = lambda: 0
+    scheduler._reserved_blocks = lambda: [0] * len(scheduler.blocks.pools)
 
 
 MUTATIONS = [
