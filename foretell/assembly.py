@@ -79,6 +79,7 @@ class Assembly:
     dtype: str
     kv_bytes: int
     kv_bytes_per_token: int
+    kv_element_bytes: int
     weight_bytes: int
     kernels: str
     max_model_len: int
@@ -160,6 +161,7 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
         dtype=str(dtype).removeprefix("torch."),
         kv_bytes=sum(n * size for n, size in zip(num_blocks, sizes, strict=True)),
         kv_bytes_per_token=spec.kv_bytes_per_token(dtype.itemsize),
+        kv_element_bytes=dtype.itemsize,
         weight_bytes=count_parameters(spec).total * dtype.itemsize,
         kernels=kernels.name,
         max_model_len=min(max_model_len, engine.scheduler.blocks.max_tokens_per_request),

@@ -26,7 +26,7 @@ class AsyncLLM:
     ) -> AsyncIterator[Update]:
         """Yield updates as they come; cancelling, or leaving the loop, aborts the request."""
         llm = self.llm
-        arrival = llm.assembly.engine.executor.now
+        arrival = llm.now
         token_ids = llm._checked_ids(prompt)
         loop = asyncio.get_running_loop()
         updates: asyncio.Queue[Update] = asyncio.Queue()

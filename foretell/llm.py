@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.assembly import Assembly, EngineOptions, assemble
 from foretell.core.params import SamplingParams
+from foretell.cost.operations import kv_bytes
 from foretell.errors import InvalidRequestError
 from foretell.output import RequestOutput
 from foretell.prompts import Prompt, PromptPreparer, as_prompt_list
@@ -35,12 +36,13 @@ class LLM:
         self.assembly: Assembly = assemble(EngineOptions(model=str(model), **options), on_event=on_event)
         self.tokenizer: Tokenizer | None = self.assembly.tokenizer
         self.spec = self.assembly.spec
-        self.service = EngineService(
-            self.assembly.engine, self.tokenizer, kv_bytes_per_token=self.assembly.kv_bytes_per_token
-        )
+        self.service = EngineService(self.assembly.engine, self.tokenizer, kv_bytes=self._kv_bytes)
         self.preparer = PromptPreparer(
             self.tokenizer, self.spec.vocab_size, self._eos_token_ids(), self.assembly.options.seed
         )
+
+    def _kv_bytes(self, tokens: int) -> int:
+        return kv_bytes(self.spec, tokens, self.assembly.kv_element_bytes)
 
     def _eos_token_ids(self) -> list[int]:
         if self.tokenizer is not None:
@@ -48,6 +50,11 @@ class LLM:
         config = {**(self.assembly.files.config or {}), **(self.assembly.files.generation_config or {})}
         eos = config.get("eos_token_id")
         return [eos] if isinstance(eos, int) else [i for i in eos or () if isinstance(i, int)]
+
+    @property
+    def now(self) -> float:
+        """Seconds on the engine's clock."""
+        return self.assembly.engine.executor.now
 
     # -- generate -----------------------------------------------------------------------------------
 
@@ -58,10 +65,12 @@ class LLM:
         *,
         priority: int = 0,
         progress: bool | None = None,
+        arrival: float | None = None,
     ) -> list[RequestOutput]:
         """Complete all prompts, batched together; one output per prompt, in order. Lower ``priority`` goes
-        first. Everything is checked before anything runs: InvalidRequestError names the prompt at fault."""
-        arrival = self.assembly.engine.executor.now
+        first. Everything is checked before anything runs: InvalidRequestError names the prompt at fault.
+        TTFT counts from ``arrival`` (a reading of ``now``) if the work began before this call."""
+        arrival = self.now if arrival is None else arrival
         items, _ = as_prompt_list(prompts)
         each = self._params_for(items, params)
         prepared = []
@@ -79,9 +88,11 @@ class LLM:
         **kwargs: Any,
     ) -> list[RequestOutput]:
         """Complete one conversation, or several, through the model's chat template."""
+        arrival = self.now
         many = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if many else [messages]
-        return self.generate([self.chat_token_ids(conversation) for conversation in conversations], params, **kwargs)
+        prompts = [self.chat_token_ids(conversation) for conversation in conversations]
+        return self.generate(prompts, params, **{"arrival": arrival, **kwargs})
 
     def chat_token_ids(self, messages: Sequence[Message]) -> list[int]:
         """A conversation as token ids, ready for the assistant's turn."""
@@ -90,13 +101,26 @@ class LLM:
         text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
         return self.preparer.token_ids(text, add_special_tokens=False)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Iterator[Update]:
-        """Complete one prompt, yielding each piece of text as it comes. Leaving the loop aborts the request."""
-        arrival = self.assembly.engine.executor.now
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        arrival: float | None = None,
+    ) -> Iterator[Update]:
+        """Complete one prompt, yielding each piece of text as it comes. Leaving the loop aborts the request.
+        A request that can never run is refused at once, not at the first piece."""
+        arrival = self.now if arrival is None else arrival
         token_ids = self._checked_ids(prompt)
-        updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         own = self.preparer.params(params or SamplingParams())
         text = prompt if isinstance(prompt, str) else None
+        return self._stream(text, token_ids, own, arrival, priority)
+
+    def _stream(
+        self, text: str | None, token_ids: list[int], own: SamplingParams, arrival: float, priority: int
+    ) -> Iterator[Update]:
+        updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         tracker = self.service.submit(text, token_ids, own, updates.put, arrival=arrival, priority=priority)
         try:
             while not tracker.output.finished or not updates.empty():

@@ -53,10 +53,12 @@ class Tracker:
 
 
 class EngineService:
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, *, kv_bytes_per_token: int = 0) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer | None, *, kv_bytes: Callable[[int], int] = lambda tokens: 0
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self.kv_bytes_per_token = kv_bytes_per_token
+        self.kv_bytes = kv_bytes  # K and V that so many tokens of a request take
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ids = itertools.count()
         self._owners: dict[int, tuple[Tracker, int]] = {}
@@ -229,4 +231,5 @@ class EngineService:
         metrics.last_token = now
         metrics.num_output_tokens = max(metrics.num_output_tokens, len(request.tokens) - request.prompt_len)
         metrics.preemptions = request.preemptions
-        metrics.kv_bytes = len(request.tokens) * self.kv_bytes_per_token
+        if news.finish_reason is not None:
+            metrics.kv_bytes = self.kv_bytes(len(request.tokens))

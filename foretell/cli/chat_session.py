@@ -59,11 +59,12 @@ class ChatSession:
 
     def ask(self, text: str) -> None:
         """One turn: the answer streams to stdout, its cost goes to stderr. A refused message is forgotten."""
+        accepted = self.llm.now  # TTFT counts the chat template and the tokeniser too
         self.messages.append({"role": "user", "content": text})
         try:
             token_ids = self.llm.chat_token_ids(self.conversation())
             self._check_room(len(token_ids))
-            self._answer(token_ids)
+            self._answer(token_ids, accepted)
         except ForetellError as error:
             self.messages.pop()
             say(f"error: {error}")
@@ -76,11 +77,11 @@ class ChatSession:
                 f"model takes {limit:,}; the message was dropped. /undo forgets the last turn, /reset all of them"
             )
 
-    def _answer(self, token_ids: list[int]) -> None:
+    def _answer(self, token_ids: list[int], accepted: float) -> None:
         """Stream until the end or Ctrl-C; what was said by then stays in the conversation."""
         out, text, output = TextOut(), [], None
         stopped = False
-        stream = self.llm.stream(token_ids, sampling(**self.params))
+        stream = self.llm.stream(token_ids, sampling(**self.params), arrival=accepted)
         try:
             for update in stream:
                 output = update.output

@@ -87,10 +87,11 @@ def run(
         max_num_batched_tokens=max_num_batched_tokens, policy=policy, num_threads=threads, kernels=kernels,
         load_format=load_format, offline=offline or None,
     ) as llm:  # fmt: skip
+        accepted = llm.now  # TTFT counts the chat template and the tokeniser too
         prepared, note = prepare(llm, given, raw=raw, system=system)
         if note and not (quiet or json_output):
             say(note)
-        result = generate(llm, prepared, params, ids=ids, show=not json_output)
+        result = generate(llm, prepared, params, ids=ids, show=not json_output, arrival=accepted)
         report(llm, result, json_output=json_output, quiet=quiet)
 
 
@@ -132,11 +133,13 @@ def prepare(llm: LLM, given: str | list[int], *, raw: bool, system: str | None) 
     return llm.chat_token_ids([*messages, {"role": "user", "content": given}]), ""
 
 
-def generate(llm: LLM, prompt: str | list[int], params: SamplingParams, *, ids: bool, show: bool) -> RequestOutput:
+def generate(
+    llm: LLM, prompt: str | list[int], params: SamplingParams, *, ids: bool, show: bool, arrival: float
+) -> RequestOutput:
     """Run the request to its end, showing text (or ids) as it comes."""
     out, output, first = TextOut(), None, True
     try:
-        for update in llm.stream(prompt, params):
+        for update in llm.stream(prompt, params, arrival=arrival):
             output = update.output
             if show and ids:
                 out.write(
