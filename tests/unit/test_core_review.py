@@ -72,12 +72,13 @@ def test_a_pipeline_s_batches_share_the_decodes_however_many_requests_wait() -> 
     assert max(len(record["chunks"]) for record in records) <= 2
 
 
-def turns_until_scheduled(prompt_len: int, sliding_blocks: int, **options: Any) -> int:
-    """Engine steps until a short request runs beside a long one, in a cache with a sliding group."""
+def turns_until_scheduled(prompt_len: int, sliding_blocks: int, *, head_start: int = 1, **options: Any) -> int:
+    """Engine steps until a second request runs beside the first, in a cache with a sliding group."""
     config = SchedulerConfig(max_num_batched_tokens=64, max_model_len=4000, block_size=4, **options)
     engine = Engine(config, VirtualExecutor(LinearCost(), (1000, sliding_blocks)), (None, 16))
     engine.add(0, [1] * prompt_len, SamplingParams(max_tokens=200))
-    engine.step()
+    for _ in range(head_start):
+        engine.step()
     second = engine.add(1, [2] * 100, SamplingParams(max_tokens=5))
     steps = 0
     while second.first_scheduled is None:
@@ -94,4 +95,4 @@ def test_a_long_prompt_reserves_a_window_of_a_sliding_group_not_all_its_tokens()
 
 
 def test_a_chunk_shrinks_to_what_a_sliding_group_has_free() -> None:
-    assert turns_until_scheduled(4, sliding_blocks=12) == 1
+    assert turns_until_scheduled(4, sliding_blocks=12, head_start=30) == 1
