@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 BUFFER_BYTES = 256 * 2**20  # larger than any cache a few cores have to themselves
-ROWS, WIDTH = 512, 2048  # of the measured product [512, 2048] · [2048, 2048]: a prompt chunk and a middling layer
-SECONDS_EACH = 0.2
+SLICES = 4  # of the buffer, read in turn: when one comes up again, the others have pushed it out of the cache
+ROWS, WIDTH = 256, 1024  # of the measured product [256, 1024] · [1024, 1024]: a prompt chunk and a middling layer
+SECONDS_EACH = 0.2  # for runs of a few milliseconds: on a busy machine some of them go undisturbed
 
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -59,9 +61,10 @@ def _read_rate() -> float:
     """Bytes per second of the better of two ways to read a buffer once and write next to nothing."""
     import torch
 
-    rows = torch.empty(BUFFER_BYTES // (4 * 4096), 4096).fill_(1.0)
-    vector = torch.ones(4096)
-    return BUFFER_BYTES / min(_best_seconds(lambda: rows @ vector), _best_seconds(rows.sum))
+    slices = torch.empty(SLICES, BUFFER_BYTES // (SLICES * 4 * 4096), 4096).fill_(1.0)
+    vector, in_turn = torch.ones(4096), cycle(slices)
+    best = min(_best_seconds(lambda: next(in_turn) @ vector), _best_seconds(lambda: next(in_turn).sum()))
+    return BUFFER_BYTES / SLICES / best
 
 
 def _product_rate(dtype: Any) -> float:
