@@ -14,6 +14,7 @@ constexpr int V = NR / W;       // vectors across a panel
 constexpr int kMaxRows = W == 16 ? 14 : W == 8 ? 3 : 3;  // accumulators fill the registers, less what they need
 constexpr i64 kBlockK = 768;    // k of one pass over a tile: a tile of x stays in L1
 constexpr i64 kBlockRows = W == 16 ? 168 : 96;  // rows of one pass over a panel: they stay in L2
+constexpr i64 kAhead = 64;                      // words by which prefetching runs ahead (8 KiB)
 constexpr i64 kDotRows = 6;                     // from here on products, not memory, take the time
 constexpr i64 kPackedFloats = i64(1) << 21;     // of x packed at a time (8 MiB)
 
@@ -35,10 +36,9 @@ void tile(const float* x, const uint32_t* w, i64 panel_words, i64 words, float* 
   for (i64 k = 0; k < words; k++) {
     UNROLL for (int p = 0; p < P; p++) {
       const uint32_t* row = w + p * panel_words + k * NR;
-      if (MR <= 4) {  // few rows stream weights from memory: ask for them well ahead
-        __builtin_prefetch(row + 16 * NR);
-        __builtin_prefetch(row + 16 * NR + 16);
-      }
+      // The panel's first tile takes it from memory: ask for it well ahead.
+      __builtin_prefetch(row + kAhead * NR);
+      __builtin_prefetch(row + kAhead * NR + 16);
       // A number of x is loaded once for all of the panel: this order needs the fewest registers.
       vu word[V];
       UNROLL for (int v = 0; v < V; v++) word[v] = load(row + v * W);
@@ -202,6 +202,7 @@ void multiply(LinearArgs a) {
 template <class T>
 void pack_weight(const char* w, i64 N, i64 K, i64 row_bytes, uint32_t* out) {
   constexpr i64 size = sizeof(typename T::T);
+  want_huge_pages(out, size_t((N + NR - 1) / NR * NR * ((K + kNumbersPerWord<T> - 1) / kNumbersPerWord<T>)) * 4);
   i64 words = (K + kNumbersPerWord<T> - 1) / kNumbersPerWord<T>, panels = (N + NR - 1) / NR;
 #pragma omp parallel for num_threads(team(N* K, 1 << 16))
   for (i64 p = 0; p < panels; p++)
