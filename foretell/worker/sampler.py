@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from foretell.worker.state import RequestState
 
 NEG_INF = float("-inf")
 FIRST_CANDIDATES = 256  # of a nucleus: nearly always enough; the full sort is the exception
+RUN = 512  # probabilities summed as one when drawing
 
 
 def uniform(seed: int, index: int) -> float:
@@ -37,7 +39,7 @@ class Sampler:
         tokens = greedy.clone()
         special = [i for i, s in enumerate(states) if not s.params.is_plain_greedy]
         if special:
-            tokens[special] = self._choose(logits[special], [states[i] for i in special])
+            tokens[special] = self._choose(_rows(logits, special), greedy[special], [states[i] for i in special])
         logprobs = self._logprobs(logits, tokens, states)
         results = []
         for state, token, ok, item in zip(states, tokens.tolist(), finite.tolist(), logprobs, strict=True):
@@ -51,22 +53,22 @@ class Sampler:
                 results.append(ChunkResult(state.id, token, item))
         return results
 
-    def _choose(self, logits: Tensor, states: list[RequestState]) -> Tensor:
-        """Tokens [R] for rows that reshape their logits or draw; -1 where every token is excluded."""
-        logits = logits.clone()
-        for row, state in zip(logits, states, strict=True):
-            if state.params.reshapes_logits:
-                apply_bans_and_biases(row, state)
-        penalised = [i for i, s in enumerate(states) if _has_penalties(s)]
-        if penalised:
-            logits[penalised] = apply_penalties(logits[penalised], [states[i] for i in penalised])
-        best, tokens = logits.max(dim=-1)
-        tokens = torch.where(best > NEG_INF, tokens, -1)
-        drawn = [i for i, s in enumerate(states) if s.params.temperature > 0 and tokens[i] >= 0]
+    def _choose(self, logits: Tensor, tokens: Tensor, states: list[RequestState]) -> Tensor:
+        """Tokens [R] for rows that reshape their logits or draw, ``tokens`` being the likeliest as they are; -1
+        where every token is excluded."""
+        shaped = [i for i, s in enumerate(states) if s.params.reshapes_logits]
+        if shaped:
+            logits = logits.clone()
+            for i in shaped:
+                apply_bans_and_biases(logits[i], states[i])
+            apply_penalties(logits, states)
+            best, tokens = logits.max(dim=-1)
+            tokens = torch.where(best > NEG_INF, tokens, -1)
+        drawn = [i for i, t in enumerate(tokens.tolist()) if states[i].params.temperature > 0 and t >= 0]
         if drawn:
             chosen = [states[i] for i in drawn]
             temperatures = torch.tensor([max(s.params.temperature, 1e-4) for s in chosen])
-            scaled = logits[drawn] / temperatures[:, None]
+            scaled = _rows(logits, drawn) / temperatures[:, None]
             tokens[drawn] = draw(truncate(scaled, chosen), chosen)
         return tokens
 
@@ -85,7 +87,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, counts: list[int]) -> list[To
     """Log-probability and rank of ``tokens`` [R] under ``logits`` [R, vocab], with the top ``counts[r]``."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     own = logprobs.gather(1, tokens[:, None])
-    ranks = (logprobs > own).sum(dim=-1) + 1
+    ranks = torch.stack([torch.count_nonzero(row > one) + 1 for row, one in zip(logprobs, own, strict=True)])
     k = min(max(counts), logits.shape[-1])
     values, ids = logprobs.topk(k, dim=-1)
     return [
@@ -96,6 +98,11 @@ def token_logprobs(logits: Tensor, tokens: Tensor, counts: list[int]) -> list[To
     ]
 
 
+def _rows(x: Tensor, rows: list[int]) -> Tensor:
+    """These rows, ascending; not a copy when they are all of them."""
+    return x if len(rows) == len(x) else x[rows]
+
+
 def _has_penalties(state: RequestState) -> bool:
     p = state.params
     return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
@@ -104,43 +111,42 @@ def _has_penalties(state: RequestState) -> bool:
 def apply_bans_and_biases(row: Tensor, state: RequestState) -> None:
     """logit_bias, allowed_token_ids, bad words and min_tokens, in place on one row [vocab]."""
     p, vocab = state.params, row.shape[0]
-    for token, bias in p.logit_bias.items():
-        if token < vocab:
-            row[token] += bias
+    if p.logit_bias:
+        ids, biases = state.bias_tensors(vocab)
+        row[ids] += biases
     if p.allowed_token_ids is not None:
-        allowed = torch.tensor([t for t in p.allowed_token_ids if t < vocab], dtype=torch.int64)
+        allowed = state.allowed_tensor(vocab)
         kept = row[allowed]
         row.fill_(NEG_INF)
         row[allowed] = kept
     recent = state.tokens[: state.num_tokens]
-    for word in p.bad_token_ids:
+    for word in p.bad_token_ids:  # a tokenizer may know ids beyond the model's vocabulary: those never come
         prefix = list(word[:-1])
-        if len(prefix) <= state.num_outputs and recent[len(recent) - len(prefix) :].tolist() == prefix:
+        begins = len(prefix) <= state.num_outputs and recent[len(recent) - len(prefix) :].tolist() == prefix
+        if begins and word[-1] < vocab:
             row[word[-1]] = NEG_INF
     if state.num_outputs < p.min_tokens:
         row[[t for t in p.stop_ids if 0 <= t < vocab]] = NEG_INF
 
 
-def apply_penalties(logits: Tensor, states: list[RequestState]) -> Tensor:
+def apply_penalties(logits: Tensor, states: list[RequestState]) -> None:
     """OpenAI's presence and frequency penalties over the output, and CTRL's repetition penalty (Keskar et al.
-    2019) over prompt and output; logits [R, vocab]."""
-    vocab = logits.shape[-1]
-    for state in states:
-        if state.counts is None or state.prompt_seen is None:
-            outputs = torch.from_numpy(state.output_ids.copy())
-            state.counts = torch.bincount(outputs, minlength=vocab).to(torch.int32)
-            state.prompt_seen = torch.zeros(vocab, dtype=torch.bool)
-            state.prompt_seen[torch.from_numpy(state.tokens[: state.prompt_len].copy())] = True
-    counts = torch.stack([s.counts for s in states if s.counts is not None])
-    prompt_seen = torch.stack([s.prompt_seen for s in states if s.prompt_seen is not None])
+    2019) over prompt and output, in place on logits [R, vocab]. Only tokens that have been seen are touched."""
+    rows = [i for i, s in enumerate(states) if _has_penalties(s)]
+    if not rows:
+        return
+    seen = [states[i].seen_tokens() for i in rows]
+    sizes = torch.tensor([len(s) for s in seen])
 
-    def column(name: str) -> Tensor:
-        return torch.tensor([getattr(s.params, name) for s in states], dtype=logits.dtype)[:, None]
+    def spread(name: str) -> Tensor:
+        values = torch.tensor([getattr(states[i].params, name) for i in rows], dtype=logits.dtype)
+        return values.repeat_interleave(sizes)
 
-    repetition = column("repetition_penalty")
-    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(prompt_seen | (counts > 0), repeated, logits)
-    return logits - column("frequency_penalty") * counts - column("presence_penalty") * (counts > 0)
+    at = (torch.tensor(rows).repeat_interleave(sizes), torch.from_numpy(np.concatenate([s.token_ids for s in seen])))
+    counts = torch.from_numpy(np.concatenate([s.output_counts for s in seen]))
+    found, repetition = logits[at], spread("repetition_penalty")
+    found = torch.where(found > 0, found / repetition, found * repetition)
+    logits[at] = found - spread("frequency_penalty") * counts - spread("presence_penalty") * (counts > 0)
 
 
 def truncate(logits: Tensor, states: list[RequestState]) -> Tensor:
@@ -149,37 +155,53 @@ def truncate(logits: Tensor, states: list[RequestState]) -> Tensor:
     rows = [i for i, s in enumerate(states) if 0 < s.params.top_k < vocab or s.params.top_p < 1]
     probs = torch.softmax(logits, dim=-1)
     if rows:
-        probs[rows] = _keep_nucleus(probs[rows], [states[i] for i in rows])
+        chosen = [states[i].params for i in rows]
+        top_k = torch.tensor([p.top_k if 0 < p.top_k < vocab else vocab for p in chosen])
+        top_p = torch.tensor([p.top_p for p in chosen], dtype=torch.float64)
+        kept = _keep_nucleus(_rows(probs, rows), top_k, top_p, min(vocab, FIRST_CANDIDATES))
+        if len(rows) == len(states):
+            probs = kept
+        else:
+            probs[rows] = kept
     min_p = torch.tensor([s.params.min_p for s in states], dtype=probs.dtype)[:, None]
     if bool(min_p.any()):
         probs = torch.where(probs >= min_p * probs.amax(dim=-1, keepdim=True), probs, 0.0)
     return probs
 
 
-def _keep_nucleus(probs: Tensor, states: list[RequestState]) -> Tensor:
-    """Top-k, then top-p of what top-k left: tokens whose predecessors' mass, in descending order, is < top_p."""
+def _keep_nucleus(probs: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
+    """Top-k, then top-p of what top-k left: tokens whose predecessors' mass, in descending order, is < top_p.
+    Looks at the ``width`` likeliest first; rows for which they do not suffice are done again with more."""
     vocab = probs.shape[-1]
-    top_k = torch.tensor([s.params.top_k if 0 < s.params.top_k < vocab else vocab for s in states])[:, None]
-    top_p = torch.tensor([s.params.top_p for s in states], dtype=torch.float64)[:, None]
-    width = min(vocab, FIRST_CANDIDATES)
-    while True:
-        values, ids = probs.topk(width, dim=-1)
-        inside = torch.arange(width)[None, :] < top_k
-        values = torch.where(inside, values.double(), 0.0)
-        total = values.sum(-1, keepdim=True)
-        # the candidates suffice when each row's top-k or nucleus ends within them
-        if width == vocab or bool(((top_k <= width) | ((top_k == vocab) & (total >= top_p))).all()):
-            break
-        width = min(vocab, width * 16)
+    values, ids = probs.topk(width, dim=-1)
+    inside = torch.arange(width)[None, :] < top_k[:, None]
+    values = torch.where(inside, values.double(), 0.0)
+    total = values.sum(-1)
     before = values.cumsum(-1) - values
     mass = torch.where(top_k <= width, total, 1.0)
-    kept = inside & (before < top_p * mass)
-    return torch.zeros_like(probs).scatter_(1, ids, torch.where(kept, values, 0.0).to(probs.dtype))
+    kept = inside & (before < (top_p * mass)[:, None])
+    result = torch.zeros_like(probs).scatter_(1, ids, torch.where(kept, values, 0.0).to(probs.dtype))
+    if width < vocab:  # the candidates suffice when a row's top-k or nucleus ends within them
+        short = ~((top_k <= width) | ((top_k == vocab) & (total >= top_p)))
+        again = short.nonzero()[:, 0]
+        if len(again):
+            result[again] = _keep_nucleus(probs[again], top_k[again], top_p[again], min(vocab, width * 16))
+    return result
 
 
 def draw(probs: Tensor, states: list[RequestState]) -> Tensor:
-    """One token per row [R] by inverting the cumulative distribution; probs [R, vocab] need not sum to 1."""
-    cumulative = probs.double().cumsum(dim=-1)
-    u = [uniform(s.params.seed or 0, s.num_outputs) for s in states]
-    threshold = torch.tensor(u, dtype=torch.float64)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+    """One token per row [R] by inverting the cumulative distribution; probs [R, vocab] need not sum to 1.
+    First among runs of ``RUN`` tokens, then within the run: one cheap pass over the vocabulary."""
+    count, vocab = probs.shape
+    whole = vocab // RUN
+    sums = probs[:, : whole * RUN].reshape(count, whole, RUN).sum(-1)
+    ends = torch.cat((sums, probs[:, whole * RUN :].sum(-1, keepdim=True)), dim=1).double().cumsum(-1)
+    u = torch.tensor([uniform(s.params.seed or 0, s.num_outputs) for s in states], dtype=torch.float64)
+    threshold = u[:, None] * ends[:, -1:]
+    run = torch.searchsorted(ends, threshold, right=True).clamp(max=whole)
+    begin = torch.where(run > 0, ends.gather(1, (run - 1).clamp(min=0)), 0.0)
+    share = ((threshold - begin) / (ends.gather(1, run) - begin)).clamp(max=1 - 1e-9)
+    ids = run * RUN + torch.arange(RUN)
+    inner = torch.where(ids < vocab, probs.gather(1, ids.clamp(max=vocab - 1)), 0.0).double().cumsum(-1)
+    offset = torch.searchsorted(inner, share * inner[:, -1:], right=True)
+    return (run * RUN + offset)[:, 0].clamp(max=vocab - 1)

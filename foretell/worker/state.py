@@ -29,8 +29,9 @@ class RequestState:
         # prompt log-probabilities gathered so far, one per prompt token from the second on
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs_due = self.params.prompt_logprobs is not None and not added.output_token_ids
-        self.counts: Tensor | None = None  # [vocab] int32 output-token counts, kept only for penalties
-        self.prompt_seen: Tensor | None = None  # [vocab] bool
+        self._seen: SeenTokens | None = None  # made when a penalty first asks
+        self._bias: tuple[Tensor, Tensor] | None = None
+        self._allowed: Tensor | None = None
 
     @property
     def num_outputs(self) -> int:
@@ -45,8 +46,35 @@ class RequestState:
             self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
         self.tokens[self.num_tokens] = token_id
         self.num_tokens += 1
-        if self.counts is not None:
-            self.counts[token_id] += 1
+        if self._seen is not None:
+            self._seen.add_output(token_id)
+
+    def seen_tokens(self) -> SeenTokens:
+        """For penalties; kept up to date by ``append``."""
+        if self._seen is None:
+            self._seen = SeenTokens(self.tokens[: self.prompt_len], self.output_ids)
+        return self._seen
+
+    def bias_tensors(self, vocab: int) -> tuple[Tensor, Tensor]:
+        """logit_bias as ids [B] and values [B]."""
+        import torch
+
+        if self._bias is None:
+            known = {token: bias for token, bias in self.params.logit_bias.items() if token < vocab}
+            self._bias = (
+                torch.tensor(list(known), dtype=torch.int64),
+                torch.tensor(list(known.values()), dtype=torch.float32),
+            )
+        return self._bias
+
+    def allowed_tensor(self, vocab: int) -> Tensor:
+        """allowed_token_ids [A]."""
+        import torch
+
+        if self._allowed is None:
+            allowed = [t for t in self.params.allowed_token_ids or () if t < vocab]
+            self._allowed = torch.tensor(allowed, dtype=torch.int64)
+        return self._allowed
 
     def add_blocks(self, group: int, block_ids: tuple[int, ...]) -> None:
         """Append to a group's block table; dropped blocks (-1) are never read, any valid id will do."""
@@ -57,3 +85,32 @@ class RequestState:
             self.tables[group] = table
         table[have:need] = [max(0, b) for b in block_ids]
         self.num_blocks[group] = need
+
+
+class SeenTokens:
+    """The different tokens of a prompt and its output, and how often each came in the output."""
+
+    def __init__(self, prompt: NDArray[np.int64], outputs: NDArray[np.int64]) -> None:
+        ids, places = np.unique(np.concatenate([prompt, outputs]), return_inverse=True)
+        self._ids = ids
+        self._counts = np.bincount(places[len(prompt) :], minlength=len(ids)).astype(np.float32)
+        self._place_of = {token: place for place, token in enumerate(ids.tolist())}
+
+    def __len__(self) -> int:
+        return len(self._place_of)
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        return self._ids[: len(self)]
+
+    @property
+    def output_counts(self) -> NDArray[np.float32]:
+        return self._counts[: len(self)]
+
+    def add_output(self, token_id: int) -> None:
+        place = self._place_of.setdefault(token_id, len(self))
+        if place == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._ids[place] = token_id
+        self._counts[place] += 1

@@ -67,10 +67,12 @@ def test_penalties_follow_their_formulas(seed: int, presence: float, frequency: 
         0, prompt, outputs[:20], presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition
     )
     logits = random_logits(1, seed)
-    apply_penalties(logits, [one])  # counts are made here, and kept up to date by append
+    apply_penalties(logits.clone(), [one])  # counts are made here, and kept up to date by append
     for token in outputs[20:]:
         one.append(token)
-    ours = apply_penalties(logits, [one])[0].tolist()
+    penalised = logits.clone()
+    apply_penalties(penalised, [one])
+    ours = penalised[0].tolist()
     for token in range(VOCAB):
         expected = float(logits[0, token])
         if token in prompt or token in outputs:
@@ -138,6 +140,28 @@ def test_bans_biases_and_minimum_tokens() -> None:
     assert pick(bad_token_ids=[[9, 4]], outputs=[8]) == 4
     assert pick(eos_token_ids=(4,), min_tokens=2, outputs=[1], logit_bias={6: 1.0}) == 6
     assert pick(eos_token_ids=(4,), min_tokens=1, outputs=[1]) == 4
+
+
+def test_a_bad_word_outside_the_model_s_vocabulary_bans_nothing_and_fails_nobody() -> None:
+    """Tokenizers may know ids that the model has no row for (Gemma 3: 262144 of 262144)."""
+    states = [state(0, temperature=0.0), state(1, temperature=0.0, bad_token_ids=[[6], [3, 9]], outputs=[3])]
+    assert [r.token_id for r in Sampler(6)(random_logits(1, 2, 6).expand(2, -1), states)] == [
+        int(random_logits(1, 2, 6).argmax())
+    ] * 2
+
+
+@pytest.mark.parametrize("vocab", [5, 511, 512, 513, 3000])
+def test_a_draw_is_where_the_cumulative_distribution_passes_its_number(vocab: int) -> None:
+    probs = torch.softmax(random_logits(200, vocab, vocab), -1)
+    probs[:, ::3] = 0
+    states = [state(i, temperature=1.0, seed=i) for i in range(200)]
+    ours = draw(probs, states).tolist()
+    cumulative = probs.double().cumsum(-1)
+    for row, token in enumerate(ours):
+        assert probs[row, token] > 0
+        u = uniform(row, 0) * cumulative[row, -1]
+        low = float(cumulative[row, token] - probs[row, token])
+        assert low - 1e-6 <= u <= float(cumulative[row, token]) + 1e-6
 
 
 def test_rows_that_cannot_be_sampled_fail_alone() -> None:
