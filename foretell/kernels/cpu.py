@@ -176,7 +176,8 @@ class CpuKernels(ReferenceKernels):
         if context is not self._checked:
             self._check(context)
         M, G, D = k.shape
-        assert kv.k.is_contiguous() and kv.v.is_contiguous()
+        assert kv.k.is_contiguous()
+        assert kv.v.is_contiguous()
         self._lib.ft_write_kv(
             k.data_ptr(), v.data_ptr(), *k.stride()[:2], *v.stride()[:2], M, G, D,
             context.groups[kv.group].slots.data_ptr(), context.block_size,
