@@ -31,9 +31,8 @@ class AsyncLLM:
         loop = asyncio.get_running_loop()
         updates: asyncio.Queue[Update] = asyncio.Queue()
 
-        def deliver(update: Update) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(updates.put_nowait, update)
+        def deliver(update: Update) -> None:  # raises when the loop was closed: the request is dropped then
+            loop.call_soon_threadsafe(updates.put_nowait, update)
 
         own = llm.preparer.params(params or SamplingParams())
         text = prompt if isinstance(prompt, str) else None

@@ -122,14 +122,17 @@ class LLM:
     ) -> Iterator[Update]:
         updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         tracker = self.service.submit(text, token_ids, own, updates.put, arrival=arrival, priority=priority)
+        open_outputs = set(range(own.n))  # by updates seen: the output itself is finished a moment before its last
         try:
-            while not tracker.output.finished or not updates.empty():
+            while open_outputs:
                 update = updates.get()
                 if update.error is not None:
                     raise update.error
+                if update.finish_reason is not None:
+                    open_outputs.discard(update.index)
                 yield update
         finally:
-            if not tracker.output.finished:
+            if open_outputs:
                 self.service.abort(tracker)
 
     def close(self) -> None:

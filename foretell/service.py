@@ -10,6 +10,8 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -62,6 +64,8 @@ class EngineService:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ids = itertools.count()
         self._owners: dict[int, tuple[Tracker, int]] = {}
+        self._lock = threading.Lock()  # nothing may enter the inbox once the engine's thread has emptied it for good
+        self._stopped = False
         self._closing = False
         self._dead: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="foretell-engine", daemon=True)
@@ -88,12 +92,22 @@ class EngineService:
 
     def abort(self, tracker: Tracker) -> None:
         """End a request; its last update has finish_reason "abort". Nothing happens if it has ended."""
-        if not self._closing and self._dead is None:  # else it has been told already
+        with suppress(ForetellError):  # stopped meanwhile: it has been told already
             self._post(lambda: self._abort(tracker))
 
-    def call(self, function: Callable[[Engine], None]) -> None:
-        """Run a function on the engine between two steps."""
-        self._post(lambda: function(self.engine))
+    def call(self, function: Callable[[Engine], None]) -> Future[None]:
+        """Run a function on the engine between two steps. The future is for who wants to wait, or hear of errors."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                function(self.engine)
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+
+        self._post(run)
+        return done
 
     def close(self) -> None:
         """Stop after the step in progress; unfinished requests are aborted."""
@@ -106,9 +120,10 @@ class EngineService:
         self.engine.executor.close()
 
     def _post(self, function: Callable[[], None]) -> None:
-        if self._closing or self._dead is not None:
-            raise ForetellError(f"the engine has stopped{f': {self._dead}' if self._dead else ''}")
-        self._inbox.put(function)
+        with self._lock:
+            if self._stopped or self._closing:
+                raise ForetellError(f"the engine has stopped{f': {self._dead}' if self._dead else ''}")
+            self._inbox.put(function)
         self.engine.executor.wake()
 
     # -- the engine's thread ------------------------------------------------------------------------
@@ -119,7 +134,7 @@ class EngineService:
                 self._drain_inbox()
                 # with nothing to do, the executor sleeps until it is woken
                 for output in self.engine.step(until=None if self.engine.has_work else float("inf")):
-                    self._deliver(output)
+                    self._deliver_or_drop(output)
         except BaseException as error:  # every caller must hear of it, or would wait for ever
             self._dead = error
         finally:
@@ -134,28 +149,43 @@ class EngineService:
             function()
 
     def _fail_all(self) -> None:
-        self._drain_inbox_after_death()
+        with self._lock:
+            self._stopped = True
+        while not self._inbox.empty():  # requests that were posted but never started must hear of it as well
+            with suppress(Exception):
+                self._inbox.get_nowait()()
         error = ForetellError(f"the engine stopped: {self._dead}" if self._dead else "the engine was closed")
         for tracker in {id(t): t for t, _ in self._owners.values()}.values():
-            tracker.callback(Update(tracker.output, error=error))
+            self._tell(tracker, Update(tracker.output, error=error))
         self._owners.clear()
-
-    def _drain_inbox_after_death(self) -> None:
-        """Requests that were posted but never started must hear of the end as well."""
-        try:
-            self._drain_inbox()
-        except BaseException as error:
-            self._dead = self._dead or error
 
     def _start(self, tracker: Tracker, priority: int) -> None:
         try:
             for index in range(tracker.params.n):
                 self._start_one(tracker, index, priority)
-        except ForetellError as error:  # refused: the n are alike, so none of them has started
-            for engine_id in tracker.engine_ids:
-                self.engine.finish(engine_id)
-                del self._owners[engine_id]
-            tracker.callback(Update(tracker.output, error=error))
+        except Exception as error:  # refused, or not what it should be: it fails alone
+            self._drop(tracker, error)
+
+    def _deliver_or_drop(self, news: Output) -> None:
+        """What goes wrong between a token and its caller (an event loop that is gone) ends that request alone."""
+        owner = self._owners.get(news.request_id)
+        if owner is None:
+            return
+        try:
+            self._deliver(news, *owner)
+        except Exception as error:
+            self._drop(owner[0], error)
+
+    def _drop(self, tracker: Tracker, error: Exception) -> None:
+        for engine_id in tracker.engine_ids:
+            self.engine.finish(engine_id)
+            self._owners.pop(engine_id, None)
+        self._tell(tracker, Update(tracker.output, error=error))
+
+    @staticmethod
+    def _tell(tracker: Tracker, update: Update) -> None:
+        with suppress(Exception):  # a caller that can no longer be told must not take the others along
+            tracker.callback(update)
 
     def _start_one(self, tracker: Tracker, index: int, priority: int) -> None:
         params, output = tracker.params, tracker.output
@@ -181,13 +211,10 @@ class EngineService:
         for index, engine_id in enumerate(tracker.engine_ids):
             if self._owners.pop(engine_id, None) is not None:
                 self.engine.finish(engine_id, "abort")
-                self._end(tracker, index, "abort")
+                with suppress(Exception):  # who has left need not hear of it
+                    self._end(tracker, index, "abort")
 
-    def _deliver(self, news: Output) -> None:
-        owner = self._owners.get(news.request_id)
-        if owner is None:
-            return
-        tracker, index = owner
+    def _deliver(self, news: Output, tracker: Tracker, index: int) -> None:
         completion, text = tracker.output.outputs[index], tracker.texts[index]
         self._note_times(tracker, index, news)
         delta, reason = "", news.finish_reason

@@ -15,6 +15,7 @@ from foretell.core.request import Request, State
 from foretell.errors import ConfigError, InvalidRequestError
 
 AGED = -(2**62)  # the priority of a request that has waited too long
+MAX_PRIORITY = 2**31
 OVERDUE_RANK, AGED_RANK = -2, -1  # before every policy's ranks: running ones passed over, then aged prompts
 
 
@@ -79,6 +80,8 @@ class Scheduler:
         """Queue a request. Raises InvalidRequestError if it could never run; nothing has changed then."""
         if request.id in self.requests:
             raise InvalidRequestError(f"request id {request.id} is in use")
+        if not isinstance(request.key[0], int) or abs(request.key[0]) > MAX_PRIORITY:
+            raise InvalidRequestError(f"priority must be a whole number within ±2^31, got {request.key[0]!r}")
         self.check_prompt_len(request.prompt_len)
         limit = self.max_tokens_per_request
         wanted = request.params.max_tokens
