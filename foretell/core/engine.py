@@ -36,9 +36,9 @@ class Engine:
         on_step: Callable[[Event], None] | None = None,
     ) -> None:
         self.executor = executor
-        blocks = BlockManager(
-            executor.num_blocks, tuple(windows), config.block_size, caching=config.enable_prefix_caching
-        )
+        # no sequence outgrows max_model_len: a wider window asks for no more blocks than that
+        reach = tuple(w if w is None else min(w, config.max_model_len) for w in windows)
+        blocks = BlockManager(executor.num_blocks, reach, config.block_size, caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(config, blocks, depth=executor.depth, chain=executor.chain)
         self._in_flight: dict[int, Turn] = {}
         self._on_event = on_event

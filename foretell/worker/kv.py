@@ -26,26 +26,34 @@ def plan_blocks(spec: ModelSpec, config: SchedulerConfig, kv_bytes: int, bytes_p
     """Blocks per KV group within ``kv_bytes``. No group gets more than all sequences at full length can use;
     a sliding group no more than their windows and one step's tokens. ConfigError if nothing useful fits."""
     sizes = block_bytes(spec, config.block_size, bytes_per_element)
-    most = []
-    for group in spec.kv_groups:
-        length = config.max_model_len
-        if group.window is not None:
-            length = min(length, group.window + 2 * config.block_size)
-        blocks = config.max_num_seqs * math.ceil(length / config.block_size)
-        if group.window is not None:
-            blocks += math.ceil(config.max_num_batched_tokens / config.block_size) + 2
-        most.append(blocks)
-    wanted = sum(n * size for n, size in zip(most, sizes, strict=True))
-    share = min(1.0, kv_bytes / wanted)
-    counts = tuple(max(2, int(n * share)) for n in most)
-    if sum(n * size for n, size in zip(counts, sizes, strict=True)) > max(kv_bytes, 2 * sum(sizes)):
-        counts = tuple(int(n * share) for n in most)
-    if min(counts) < 2 or kv_bytes < 2 * sum(sizes):
+    most, least = zip(*(_bounds(group.window, config) for group in spec.kv_groups), strict=True)
+    needed = sum(n * size for n, size in zip(least, sizes, strict=True))
+    if kv_bytes < needed:
         raise ConfigError(
-            f"kv_cache_bytes={kv_bytes} holds fewer than two blocks of {config.block_size} tokens "
-            f"({sum(sizes)} bytes each): raise it, or lower block_size"
+            f"kv_cache_bytes={kv_bytes} is too little: blocks of {config.block_size} tokens for one sequence take "
+            f"{needed} bytes: raise it, or lower block_size"
         )
-    return counts
+    sliding = [i for i, group in enumerate(spec.kv_groups) if group.window is not None]
+    full = [i for i, group in enumerate(spec.kv_groups) if group.window is None]
+    counts = list(least)
+    # Sliding groups first, with up to half: they bound how many sequences run, full ones how long they get
+    for groups, divisor in ((sliding, 2 if full else 1), (full, 1), (sliding, 1)):
+        spare = (kv_bytes - sum(n * size for n, size in zip(counts, sizes, strict=True))) // divisor
+        wanted = sum((most[i] - counts[i]) * sizes[i] for i in groups)
+        for i in groups if wanted > 0 else ():
+            counts[i] += (most[i] - counts[i]) * min(spare, wanted) // wanted
+    return tuple(counts)
+
+
+def _bounds(window: int | None, config: SchedulerConfig) -> tuple[int, int]:
+    """Blocks of a group that all sequences at full length can use, and that one sequence needs."""
+    size, length = config.block_size, config.max_model_len
+    if window is None:
+        return max(2, config.max_num_seqs * math.ceil(length / size)), 2
+    least = math.ceil(min(length, window) / size) + 2
+    per_sequence = math.ceil(min(length, window + 2 * size) / size)
+    step = math.ceil(config.max_num_batched_tokens / size) + 2
+    return max(least, config.max_num_seqs * per_sequence + step), least
 
 
 def allocate(spec: ModelSpec, num_blocks: tuple[int, ...], block_size: int, dtype: torch.dtype) -> list[KVLayer]:
