@@ -1,257 +1,302 @@
 """foretell against transformers on SmolLM2-135M-Instruct, CPU, one alternating run (A B A B …).
 
-    python bench/compare_transformers.py [--rounds 3] [--float32] [--quick]
+    python bench/compare_transformers.py [--rounds 3] [--float32] [--quick] [--only decode]
 
-Both get the same weights in bfloat16, the same prompts, greedy, end-of-sequence ignored, the same threads.
-Figures are medians; other work on the machine moves them all, so only the ratios count. Bars: decode 3 ×,
-prefill 1.1 ×, 16 concurrent 2 × transformers in bfloat16. The last line is JSON.
+Both get the same weights in bfloat16, the same prompts, greedy, end-of-sequence ignored, the same number of
+threads, and a process of their own: two thread pools in one process slow each other down. Figures are medians;
+other work on the machine moves them all, so only the ratios count, and samples taken while others were busy are
+left out where there are better ones. Bars: decode 3 ×, prefill 1.1 ×, 16 concurrent 2 × transformers in bfloat16.
+The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from foretell import LLM, SamplingParams
-from foretell.benchmark.setup import greedy_params, prompts_of, subject_of
 from foretell.benchmark.tables import number, table
 from foretell.trace import Workload, named_workload
 
+MODEL = "smollm2-135m"
 BARS = {"decode": 3.0, "prefill": 1.1, "concurrent": 2.0}
+NAMED = {"decode": "cpu-decode", "prefill": "cpu-prefill-1024", "concurrent": "cpu-16"}
 UNITS = {"decode": "tok/s, batch 1", "prefill": "tok/s, 1024 tokens", "concurrent": "output tok/s, 16 requests"}
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"
 TEXT_TOKENS = 256
+QUIET = 0.05  # share of the machine that others may use while a sample is taken
 
 
-# -- transformers -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sample:
+    """``others``: the share of the machine that other processes used meanwhile."""
+
+    seconds: float
+    others: float
 
 
-def reference_model(gguf_file: Path) -> Any:
-    """The file's weights, dequantised, in transformers' own Llama; float32."""
-    from gguf import GGUFReader, dequantize
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    reader = GGUFReader(str(gguf_file))
-
-    def value(name: str) -> Any:
-        return reader.fields[f"llama.{name}"].contents()
-
-    config = LlamaConfig(
-        hidden_size=value("embedding_length"),
-        intermediate_size=value("feed_forward_length"),
-        num_hidden_layers=value("block_count"),
-        num_attention_heads=value("attention.head_count"),
-        num_key_value_heads=value("attention.head_count_kv"),
-        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": value("rope.freq_base")},
-        max_position_embeddings=value("context_length"),
-        vocab_size=value("vocab_size"),
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    weights = {}
-    for tensor in reader.tensors:
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        part = tensor.name.split(".")[-2]
-        if part in heads:
-            weight = half_rotated(weight, heads[part])
-        weights[reference_name(tensor.name)] = weight
-    model = LlamaForCausalLM(config)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise SystemExit(f"weights do not fit: missing {missing}, unexpected {unexpected}")
-    model.tie_weights()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model.eval()
+def machine_busy_seconds() -> float:
+    """CPU seconds of all processes so far; 0 where that is not told."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0.0
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # without idle and waiting for disks
 
 
-def half_rotated(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """GGUF keeps rotated pairs side by side (2i, 2i+1); transformers keeps them half a head apart."""
-    rows, columns = weight.shape
-    pairs = weight.view(heads, rows // heads // 2, 2, columns)
-    return pairs.transpose(1, 2).reshape(rows, columns)
+# -- what runs in a process of its own --------------------------------------------------------------------
 
 
-NAMES = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-}  # fmt: skip
+class Foretell:
+    def __init__(self, threads: int) -> None:
+        from foretell import LLM
+
+        self.llm = LLM(MODEL, num_threads=threads, dtype="bfloat16", enable_prefix_caching=False, max_model_len=2048)
+
+    def about(self) -> dict[str, Any]:
+        from foretell.benchmark.setup import subject_of
+
+        assembly = self.llm.assembly
+        hardware = str(subject_of(self.llm).hardware)
+        return {"kernels": assembly.kernels, "vocab_size": self.llm.spec.vocab_size, "hardware": hardware}
+
+    def floor_seconds(self, workload: Workload, limit: int | None) -> float:
+        from foretell.benchmark.setup import subject_of
+
+        return subject_of(self.llm).floor(workload, max_output_tokens=limit).seconds
+
+    def run(self, workload: Workload, limit: int | None) -> None:
+        from foretell.benchmark.setup import greedy_params, prompts_of
+
+        prompts = prompts_of(workload, self.llm.spec.vocab_size)
+        self.llm.generate(prompts, greedy_params(workload, limit), progress=False)
+
+    def token_ids(self) -> list[int]:
+        """Of a short real text."""
+        assert self.llm.tokenizer is not None
+        text = TEXT.read_text(encoding="utf-8")
+        return list(self.llm.tokenizer.encode(text, add_special_tokens=False)[:TEXT_TOKENS])
+
+    def logprobs(self, ids: list[int]) -> list[float]:
+        from foretell import SamplingParams
+
+        (output,) = self.llm.generate(ids, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
+        return [position.logprob for position in output.prompt_logprobs or () if position is not None]
 
 
-def reference_name(name: str) -> str:
-    if name.startswith("blk."):
-        _, layer, part, kind = name.split(".")
-        return f"model.layers.{layer}.{NAMES[part]}.{kind}"
-    return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
+class Transformers:
+    def __init__(self, threads: int, dtype: str) -> None:
+        import torch
+        from transformers_model import reference_model
+
+        from foretell.store import resolve
+
+        torch.set_num_threads(threads)
+        self.model = reference_model(resolve(MODEL).path).to(getattr(torch, dtype))
+
+    def run(self, workload: Workload, limit: int | None) -> None:
+        """All prompts in one batch, padded on the left, as its users do."""
+        import torch
+
+        longest = max(r.prompt_len for r in workload.requests)
+        prompts = [list(r.prompt_token_ids or ()) for r in workload.requests]
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        count = limit or workload.requests[0].output_len
+        with torch.inference_mode():
+            self.model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+
+    def logprobs(self, ids: list[int]) -> list[float]:
+        import torch
+
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([ids])).logits[0, :-1].float()
+        picked = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])
+        return [float(value) for value in picked[:, 0]]
 
 
-@torch.inference_mode()
-def run_reference(model: Any, workload: Workload, limit: int | None) -> None:
-    """All prompts in one batch, padded on the left, as its users do."""
-    longest = max(r.prompt_len for r in workload.requests)
-    prompts = [list(r.prompt_token_ids or ()) for r in workload.requests]
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    count = limit or workload.requests[0].output_len
-    model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+def serve(pipe: Any, make: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """In the child: build the engine, then do what is asked, with the time it took."""
+    warnings.simplefilter("ignore")
+    engine = make(*arguments)
+    while (asked := pipe.recv()) is not None:
+        name, parameters = asked
+        started, busy, own = time.perf_counter(), machine_busy_seconds(), time.process_time()
+        answer = getattr(engine, name)(*parameters)
+        seconds = time.perf_counter() - started
+        others = machine_busy_seconds() - busy - (time.process_time() - own)
+        pipe.send((answer, Sample(seconds, max(0.0, others / (seconds * (os.cpu_count() or 1))))))
 
 
-@torch.inference_mode()
-def reference_logprobs(model: Any, ids: list[int]) -> torch.Tensor:
-    logits = model(torch.tensor([ids])).logits[0, :-1].float()
-    return torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+class Engine:
+    """An engine in a child process, called as if it were here."""
+
+    def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, make, arguments), daemon=True)
+        self.process.start()
+        other.close()
+
+    def call(self, method: str, *parameters: Any) -> Any:
+        return self._ask(method, parameters)[0]
+
+    def sample(self, workload: Workload, limit: int | None = None) -> Sample:
+        return self._ask("run", (workload, limit))[1]
+
+    def _ask(self, method: str, parameters: tuple[Any, ...]) -> tuple[Any, Sample]:
+        self.pipe.send((method, parameters))
+        try:
+            answer, sample = self.pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self.name} died; its error stands above") from None
+        return answer, sample
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process.is_alive():
+            self.pipe.send(None)
+        self.process.join(10)
 
 
 # -- the run ----------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Engine:
-    name: str
-    run: Callable[[Workload, int | None], None]  # limit: output tokens
-
-    def seconds(self, workload: Workload, limit: int | None = None) -> float:
-        started = time.perf_counter()
-        self.run(workload, limit)
-        return time.perf_counter() - started
+Samples = dict[str, dict[str, list[Sample]]]  # by engine, by what was run
 
 
-def foretell_engine(llm: LLM) -> Engine:
-    def run(workload: Workload, limit: int | None) -> None:
-        llm.generate(prompts_of(workload, llm.spec.vocab_size), greedy_params(workload, limit), progress=False)
-
-    return Engine("foretell bfloat16", run)
-
-
-def workloads(vocab_size: int, quick: bool) -> dict[str, Workload]:
-    named = {"decode": "cpu-decode", "prefill": "cpu-prefill-1024", "concurrent": "cpu-16"}
-    found = {kind: named_workload(name, vocab_size) for kind, name in named.items()}
-    if quick:
-        found = {kind: short(workload) for kind, workload in found.items()}
-    return found
+def workloads(vocab_size: int, only: list[str] | None, quick: bool) -> dict[str, Workload]:
+    found = {kind: named_workload(NAMED[kind], vocab_size) for kind in only or NAMED}
+    return {kind: short(workload) for kind, workload in found.items()} if quick else found
 
 
 def short(workload: Workload) -> Workload:
-    return replace(workload, requests=tuple(replace(r, output_len=min(24, r.output_len)) for r in workload.requests))
+    requests = tuple(replace(r, output_len=min(24, r.output_len)) for r in workload.requests)
+    return replace(workload, requests=requests)
 
 
-def measure(engines: list[Engine], asked: dict[str, Workload], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by engine and what was run; every round runs every engine once on everything, in turn."""
+def measure(engines: list[Engine], asked: dict[str, Workload], rounds: int) -> Samples:
+    """Every round runs every engine once on everything, in turn, after one short run each."""
+    runs: dict[str, tuple[Workload, int | None]] = {kind: (workload, None) for kind, workload in asked.items()}
+    if "decode" in asked:
+        runs["first"] = (asked["decode"], 1)
     for engine in engines:
-        engine.run(short(asked["decode"]), 4)
-        engine.run(asked["prefill"], None)
-        engine.run(asked["concurrent"], 2)
-    seconds: dict[str, dict[str, list[float]]] = {e.name: {kind: [] for kind in (*asked, "first")} for e in engines}
+        for workload, _ in runs.values():
+            engine.sample(workload, 2)
+    samples: Samples = {engine.name: {kind: [] for kind in runs} for engine in engines}
     for number_ in range(rounds):
-        for kind, limit in (("first", 1), ("decode", None), ("prefill", None), ("concurrent", None)):
+        for kind, (workload, limit) in runs.items():
             for engine in engines if number_ % 2 == 0 else engines[::-1]:
-                workload = asked["decode" if kind == "first" else kind]
-                seconds[engine.name][kind].append(engine.seconds(workload, limit))
-    return seconds
+                samples[engine.name][kind].append(engine.sample(workload, limit))
+    return samples
+
+
+def typical_seconds(samples: list[Sample]) -> float:
+    """The median of the samples taken while the machine was ours, or of all if it never was."""
+    quiet = [sample.seconds for sample in samples if sample.others < QUIET]
+    return statistics.median(quiet or [sample.seconds for sample in samples])
 
 
 def speeds(asked: dict[str, Workload], seconds: dict[str, float]) -> dict[str, float]:
     """tok/s from seconds; decode without its prefill: (whole - first token) ÷ (tokens - 1)."""
-    tokens = asked["decode"].output_tokens - 1
-    return {
-        "decode": tokens / (seconds["decode"] - seconds["first"]),
-        "prefill": asked["prefill"].prompt_tokens / seconds["prefill"],
-        "concurrent": asked["concurrent"].output_tokens / seconds["concurrent"],
-    }
+    found = {}
+    if "decode" in asked:
+        found["decode"] = (asked["decode"].output_tokens - 1) / (seconds["decode"] - seconds["first"])
+    if "prefill" in asked:
+        found["prefill"] = asked["prefill"].prompt_tokens / seconds["prefill"]
+    if "concurrent" in asked:
+        found["concurrent"] = asked["concurrent"].output_tokens / seconds["concurrent"]
+    return found
 
 
-def floor_speeds(llm: LLM, asked: dict[str, Workload]) -> dict[str, float]:
-    subject = subject_of(llm)
-    print(f"machine: {subject.hardware}; kernels: {llm.assembly.kernels}; floor: bytes or operations, the larger")
-    seconds = {kind: subject.floor(workload).seconds for kind, workload in asked.items()}
-    seconds["first"] = subject.floor(asked["decode"], max_output_tokens=1).seconds
+def floor_speeds(engine: Engine, asked: dict[str, Workload]) -> dict[str, float]:
+    seconds = {kind: engine.call("floor_seconds", workload, None) for kind, workload in asked.items()}
+    if "decode" in asked:
+        seconds["first"] = engine.call("floor_seconds", asked["decode"], 1)
     return speeds(asked, seconds)
 
 
-def accuracy(llm: LLM, exact: Any, rounded: Any) -> dict[str, float]:
+def accuracy(engines: list[Engine], truth: Engine) -> dict[str, float]:
     """Mean |Δ log-probability| per token of a real text, against transformers in float32."""
-    if llm.tokenizer is None:
-        raise SystemExit("the model has no tokenizer")
-    ids = llm.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)[:TEXT_TOKENS]
-    (output,) = llm.generate(ids, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
-    own = torch.tensor([position.logprob for position in output.prompt_logprobs or () if position is not None])
-    truth = reference_logprobs(exact, ids)
+    ids = engines[0].call("token_ids")
+    exact = truth.call("logprobs", ids)
     return {
-        "foretell bfloat16": float((own - truth).abs().mean()),
-        "transformers bfloat16": float((reference_logprobs(rounded, ids) - truth).abs().mean()),
+        engine.name: statistics.mean(abs(a - b) for a, b in zip(engine.call("logprobs", ids), exact, strict=True))
+        for engine in engines
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="3 unless told")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--float32", action="store_true", help="transformers in float32 as a third engine")
-    parser.add_argument("--quick", action="store_true", help="one round of 24 output tokens")
+    parser.add_argument("--quick", action="store_true", help="24 output tokens at most, one round unless told")
+    parser.add_argument("--only", action="append", choices=list(BARS), help="leave the others out; may be repeated")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(args.threads)
-    options: dict[str, Any] = {"dtype": "bfloat16", "enable_prefix_caching": False, "max_model_len": 2048}
-    with LLM("smollm2-135m", num_threads=args.threads, **options) as llm:
-        asked = workloads(llm.spec.vocab_size, args.quick)
-        best = floor_speeds(llm, asked)
-        exact = reference_model(llm.assembly.files.path)
-        rounded = reference_model(llm.assembly.files.path).to(torch.bfloat16)
-        errors = accuracy(llm, exact, rounded)
-        engines = [
-            foretell_engine(llm),
-            Engine("transformers bfloat16", lambda w, limit: run_reference(rounded, w, limit)),
-        ]
-        if args.float32:
-            engines.append(Engine("transformers float32", lambda w, limit: run_reference(exact, w, limit)))
-        raw = measure(engines, asked, 1 if args.quick else args.rounds)
-        kernels = llm.assembly.kernels
-    report(asked, best, raw, errors, kernels, vars(args))
+    with ExitStack() as stack:
+        own = stack.enter_context(Engine("foretell bfloat16", Foretell, args.threads))
+        about = own.call("about")
+        asked = workloads(about["vocab_size"], args.only, args.quick)
+        print(f"machine: {about['hardware']}; kernels: {about['kernels']}")
+        best = floor_speeds(own, asked)
+        print(
+            "floor (bytes or operations, the larger): " + ", ".join(f"{k} {number(v)} tok/s" for k, v in best.items())
+        )
+        engines = [own]
+        engines.append(stack.enter_context(Engine("transformers bfloat16", Transformers, args.threads, "bfloat16")))
+        exact = stack.enter_context(Engine("transformers float32", Transformers, args.threads, "float32"))
+        errors = accuracy(engines, exact)
+        engines += [exact] if args.float32 else []
+        raw = measure(engines, asked, args.rounds or (1 if args.quick else 3))
+    report(asked, best, raw, errors, {**vars(args), **about})
 
 
 def report(
     asked: dict[str, Workload],
     best: dict[str, float],
-    raw: dict[str, dict[str, list[float]]],
+    raw: Samples,
     errors: dict[str, float],
-    kernels: str,
-    arguments: dict[str, Any],
+    context: dict[str, Any],
 ) -> None:
     measured = {
-        name: speeds(asked, {kind: statistics.median(times) for kind, times in own.items()})
+        name: speeds(asked, {kind: typical_seconds(samples) for kind, samples in own.items()})
         for name, own in raw.items()
     }
     own, peer = measured["foretell bfloat16"], measured["transformers bfloat16"]
-    ratios = {kind: own[kind] / peer[kind] for kind in BARS}
-    rows = [
-        (UNITS[kind], number(best[kind]), *(number(m[kind]) for m in measured.values()), f"{ratios[kind]:.2f}",
-         f"{bar:g}", "yes" if ratios[kind] >= bar else "NO")
-        for kind, bar in BARS.items()
-    ]  # fmt: skip
+    ratios = {kind: own[kind] / peer[kind] for kind in asked}
+    met = {kind: ratios[kind] >= BARS[kind] for kind in asked}
+    rows = []
+    for kind in asked:
+        figures = (number(best[kind]), *(number(figure[kind]) for figure in measured.values()))
+        rows.append((UNITS[kind], *figures, f"{ratios[kind]:.2f}", f"{BARS[kind]:g}", "yes" if met[kind] else "NO"))
     print(table(("", "floor", *measured, "ratio", "bar", "met"), rows))
     print("mean |Δ logprob| against float32:", ", ".join(f"{name} {value:.4f}" for name, value in errors.items()))
+    shares = [sample.others for engine in raw.values() for samples in engine.values() for sample in samples]
+    quiet = {name: {k: sum(s.others < QUIET for s in v) for k, v in engine.items()} for name, engine in raw.items()}
+    print(f"other processes used {100 * statistics.median(shares):.0f} % of the machine; quiet samples: {quiet}")
     result = {
         "bench": "compare_transformers",
-        "kernels": kernels,
-        **arguments,
+        **context,
         "floor": best,
         "tokens_per_second": measured,
         "ratios": ratios,
-        "bars_met": {kind: ratios[kind] >= bar for kind, bar in BARS.items()},
+        "bars_met": met,
         "mean_abs_logprob_error": errors,
-        "seconds": raw,
+        "others_share_median": statistics.median(shares),
+        "quiet_samples": quiet,
+        "seconds": {name: {k: [s.seconds for s in v] for k, v in engine.items()} for name, engine in raw.items()},
     }
     print(json.dumps(result))
 
