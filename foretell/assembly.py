@@ -129,12 +129,11 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
     elif options.load_format not in ("auto", files.format):
         raise ConfigError(f"load_format is {options.load_format!r}, but {files.path} is {files.format}")
     else:
-        model = load_model(files, spec, kernels, dtype)
+        model = load_model(files, spec, kernels, dtype, keep_quantised=options.dtype == "auto")
     phases.done("weights")
 
     from foretell.core.engine import Engine
     from foretell.executor.local import LocalExecutor
-    from foretell.model.parameters import count_parameters
     from foretell.worker.kv import allocate, block_bytes, plan_blocks
     from foretell.worker.runner import ModelRunner
 
@@ -162,7 +161,7 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
         kv_bytes=sum(n * size for n, size in zip(num_blocks, sizes, strict=True)),
         kv_bytes_per_token=spec.kv_bytes_per_token(dtype.itemsize),
         kv_element_bytes=dtype.itemsize,
-        weight_bytes=count_parameters(spec).total * dtype.itemsize,
+        weight_bytes=model.weight_bytes,
         kernels=kernels.name,
         max_model_len=min(max_model_len, engine.scheduler.blocks.max_tokens_per_request),
         step_log=step_log,

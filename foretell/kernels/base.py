@@ -53,6 +53,11 @@ class Linear(Protocol):
     in_features: int
     out_features: int
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the weight takes as it is kept."""
+        ...
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K] → [M, N], in x's dtype."""
         ...
@@ -69,6 +74,11 @@ class Kernels(Protocol):
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """weight [N, K] in the dtype it shall be kept in; the result owns a copy in the best layout."""
+        ...
+
+    def pack_quantised(self, raw: Tensor, quant_type: str, bias: Tensor | None) -> Linear | None:
+        """A linear layer that keeps GGUF blocks ``raw`` [N, bytes per row] uint8 of this type ("Q4_1", …) in as
+        many bits as they came with; None where the backend cannot, and the caller dequantises."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

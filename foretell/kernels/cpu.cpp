@@ -3,6 +3,7 @@
 #include "cpu_common.h"
 #include "cpu_elementwise.h"
 #include "cpu_linear.h"
+#include "cpu_quant.h"
 
 namespace foretell {
 int g_threads = 1;
@@ -59,6 +60,22 @@ void ft_linear(const float* x, i64 ldx, i64 M, i64 N, i64 K, const uint32_t* w, 
 #endif
   (void)exact;
   with_format(format, [&](auto f) { multiply<decltype(f)>({x, ldx, M, N, K, w, bias, y}); });
+}
+
+i64 ft_quant_bytes(i64 N, i64 K, int type) {
+  i64 bytes = 0;
+  with_quant(type, [&](auto f) { bytes = quant_bytes<decltype(f)>(N, K); });
+  return bytes;
+}
+
+void ft_pack_quant(const uint8_t* raw, i64 N, i64 K, i64 row_bytes, int type, uint8_t* out) {
+  with_quant(type, [&](auto f) { pack_quant<decltype(f)>(raw, N, K, row_bytes, out); });
+}
+
+void ft_linear_quant(const float* x, i64 ldx, i64 M, i64 N, i64 K, const uint8_t* w, const float* bias, float* y,
+                     int type) {
+  QuantArgs a{{x, ldx, M, N, K, nullptr, bias, y}, w};
+  with_quant(type, [&](auto f) { multiply_quant<decltype(f)>(a); });
 }
 
 // Rows in two levels, heads within tokens, as a strided view of qkv has them.

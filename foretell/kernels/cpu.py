@@ -15,13 +15,15 @@ from torch import Tensor
 from foretell.config import Activation
 from foretell.kernels.base import BatchContext, KVLayer, Linear
 from foretell.kernels.cpu_build import load_library
+from foretell.kernels.cpu_quant import SIGNATURES as QUANT_SIGNATURES
+from foretell.kernels.cpu_quant import CpuQuantLinear, is_packable
 from foretell.kernels.reference import ReferenceKernels
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 _P, _L, _I, _F = c_void_p, c_int64, c_int, c_float
-SIGNATURES = {
+SIGNATURES = QUANT_SIGNATURES | {
     "ft_set_threads": (_I,),
     "ft_has_openmp": (),
     "ft_rounds_activations": (),
@@ -35,7 +37,7 @@ SIGNATURES = {
     "ft_attention": (_P, _L, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _L, _F, _P, _I),
     "ft_write_kv": (_P, _P, _L, _L, _L, _L, _L, _L, _L, _P, _L, _P, _P, _I),
 }
-RESULTS = {"ft_packed_words": _L, "ft_has_openmp": _I, "ft_rounds_activations": _I}
+RESULTS = {"ft_packed_words": _L, "ft_quant_bytes": _L, "ft_has_openmp": _I, "ft_rounds_activations": _I}
 
 
 class CpuLinear:
@@ -73,6 +75,10 @@ class CpuLinear:
         self._bias = None if bias is None else bias.detach().float().clone()
         self._bias_ptr = None if self._bias is None else self._bias.data_ptr()
         self._call, self._exact = lib.ft_linear, int(exact)
+
+    @property
+    def nbytes(self) -> int:
+        return self._packed.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype is not torch.float32:
@@ -118,6 +124,11 @@ class CpuKernels(ReferenceKernels):
         if weight.dtype not in FORMATS or weight.device.type != "cpu":
             return super().pack_linear(weight, bias)
         return CpuLinear(self._lib, weight, bias, self.batch_invariant)
+
+    def pack_quantised(self, raw: Tensor, quant_type: str, bias: Tensor | None) -> Linear | None:
+        if not is_packable(raw, quant_type):
+            return None
+        return CpuQuantLinear(self._lib, raw, quant_type, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype is not torch.float32 or weight.dtype is not torch.float32:

@@ -13,7 +13,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCES = ("cpu_attention.h", "cpu_common.h", "cpu_elementwise.h", "cpu_linear.h", "cpu.cpp")
+SOURCES = ("cpu_attention.h", "cpu_common.h", "cpu_elementwise.h", "cpu_linear.h", "cpu_quant.h", "cpu.cpp")
 # No -ffast-math: results must not depend on how the compiler regroups sums. Contraction is off because the
 # code says itself where a multiply and an add fuse.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")

@@ -146,8 +146,9 @@ void block(const LinearArgs& a, const Tiling& tiling, const float* packed, i64 w
 template <class T>
 constexpr i64 kNumbersPerWord = i64(4 / sizeof(typename T::T));
 
-template <class T>
-void multiply_rows(const LinearArgs& a) {
+// Packs x, then deals out runs of tiles × runs of panels: run(tiling, packed, t0, t1, p0, p1).
+template <class T, class Run>
+void multiply_rows(const LinearArgs& a, Run run) {
   static thread_local Scratch scratch;
   i64 words = (a.K + kNumbersPerWord<T> - 1) / kNumbersPerWord<T>, panels = (a.N + NR - 1) / NR;
   i64 padded_k = words * T::per_word;
@@ -171,9 +172,21 @@ void multiply_rows(const LinearArgs& a) {
 #pragma omp for schedule(dynamic) nowait
     for (i64 task = 0; task < groups * row_blocks; task++) {
       i64 t0 = task / groups * per_block, p0 = task % groups * group;
-      block<T>(a, tiling, packed, words, t0, t0 + per_block < tiling.tiles ? t0 + per_block : tiling.tiles, p0,
-               p0 + group < panels ? p0 + group : panels);
+      run(tiling, packed, t0, t0 + per_block < tiling.tiles ? t0 + per_block : tiling.tiles, p0,
+          p0 + group < panels ? p0 + group : panels);
     }
+  }
+}
+
+// As many rows at a time as may be packed: f(arguments of a part).
+template <class F>
+INLINE void split_rows(const LinearArgs& a, F f) {
+  i64 rows = kPackedFloats / a.K / kBlockRows * kBlockRows;
+  if (rows < kBlockRows) rows = kBlockRows;
+  for (i64 m = 0; m < a.M; m += rows) {
+    LinearArgs part = a;
+    part.x += m * a.ldx, part.y += m * a.N, part.M = a.M - m < rows ? a.M - m : rows;
+    f(part);
   }
 }
 
@@ -189,13 +202,11 @@ void multiply(LinearArgs a) {
     }
     return;
   }
-  i64 rows = kPackedFloats / a.K / kBlockRows * kBlockRows;
-  if (rows < kBlockRows) rows = kBlockRows;
-  for (i64 m = 0, total = a.M; m < total; m += rows) {
-    LinearArgs part = a;
-    part.x += m * a.ldx, part.y += m * a.N, part.M = total - m < rows ? total - m : rows;
-    multiply_rows<T>(part);
-  }
+  split_rows(a, [words](const LinearArgs& part) {
+    multiply_rows<T>(part, [&](const Tiling& tiling, const float* packed, i64 t0, i64 t1, i64 p0, i64 p1) {
+      block<T>(part, tiling, packed, words, t0, t1, p0, p1);
+    });
+  });
 }
 
 // w: [N][row_bytes] plain; halves of an odd K are padded with zero.

@@ -26,6 +26,10 @@ class ReferenceLinear:
         self.weight = weight.detach().clone(memory_format=torch.contiguous_format)
         self.bias = None if bias is None else bias.detach().clone()
 
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
     def __call__(self, x: Tensor) -> Tensor:
         dtype = self.weight.dtype
         if x.dtype == dtype:
@@ -48,6 +52,9 @@ class ReferenceKernels:
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return ReferenceLinear(weight, bias)
+
+    def pack_quantised(self, raw: Tensor, quant_type: str, bias: Tensor | None) -> Linear | None:
+        return None  # a product in torch needs the numbers
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()

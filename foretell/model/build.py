@@ -20,6 +20,7 @@ from foretell.model.norm import Norm, make_norm
 from foretell.model.parameters import layer_norm_names, layer_prefix, weight_shapes
 from foretell.model.transformer import Embedding, Head, Transformer
 from foretell.model.weights import Weights
+from foretell.store.gguf_rows import QuantisedRows, stacked
 
 Progress = Callable[[int, int], None]  # parameters loaded, parameters in all
 
@@ -28,7 +29,8 @@ class Builder:
     """Puts a transformer together from canonical weights.
 
     ``layers`` limits it to a pipeline stage: the embedding comes with the first layer, final norm and head
-    with the last. ``spec`` may be a shard's (fewer heads), with ``weights`` to match.
+    with the last. ``spec`` may be a shard's (fewer heads), with ``weights`` to match. ``keep_quantised``: what
+    the file has quantised stays so where the kernels can, the rest is kept in ``dtype``.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Builder:
         device: torch.device | None = None,
         layers: range | None = None,
         progress: Progress | None = None,
+        keep_quantised: bool = False,
     ) -> None:
         self.spec, self.weights, self.kernels, self.dtype = spec, weights, kernels, dtype
         self.activation_dtype = activation_dtype
@@ -49,7 +52,8 @@ class Builder:
         self.layers = layers if layers is not None else range(spec.num_layers)
         self.shapes = weight_shapes(spec)
         self.progress = progress
-        self.loaded = 0
+        self.keep_quantised = keep_quantised
+        self.loaded = self.weight_bytes = 0
         self.lock = Lock()
         self.total = sum(prod(shape) for name, shape in self.shapes.items() if self._holds(name))
 
@@ -66,28 +70,38 @@ class Builder:
             blocks=blocks,
             final_norm=self.norm("final_norm") if layers.stop == spec.num_layers else None,
             first_layer=layers.start,
+            weight_bytes=self.weight_bytes,
         )
 
     def ends(self) -> tuple[Embedding | None, Head | None]:
         """What this stage has of embedding and head; tied ones are read once."""
         first, last = self.layers.start == 0, self.layers.stop == self.spec.num_layers
-        table = None
-        if first or (last and self.spec.tied_embeddings):
-            table = self.tensor("embedding.weight", self.dtype)
-        embedding = self.embedding(table) if first and table is not None else None
-        return embedding, self.head(table) if last else None
+        table: Tensor | QuantisedRows | None = None
+        head = None
+        if last and self.spec.tied_embeddings:
+            linear, table = self.tied_head()
+            head = Head(linear, self.spec.logits_divisor)
+        elif last:
+            head = Head(self.linear("lm_head"), self.spec.logits_divisor)
+        return self.embedding(table) if first else None, head
 
-    def embedding(self, table: Tensor) -> Embedding:
+    def embedding(self, table: Tensor | QuantisedRows | None) -> Embedding:
         positions = self.tensor("positions.weight", self.dtype) if self.spec.learned_positions else None
-        own = table.clone() if table.device.type == "cpu" else table  # not the mapped file
+        if table is None:
+            table = self.tensor("embedding.weight", self.dtype)
+        on_cpu = isinstance(table, QuantisedRows) or table.device.type == "cpu"
+        own = table.clone() if on_cpu else table  # not the mapped file
+        self.count(own.nbytes + (0 if positions is None else positions.nbytes))
         return Embedding(own, positions, self.spec.embedding_multiplier, self.activation_dtype)
 
-    def head(self, embedding: Tensor | None) -> Head:
-        if self.spec.tied_embeddings:
-            assert embedding is not None
-            bias = self.tensor("lm_head.bias", torch.float32) if self.spec.lm_head_bias else None
-            return Head(self.kernels.pack_linear(embedding, bias), self.spec.logits_divisor)
-        return Head(self.linear("lm_head"), self.spec.logits_divisor)
+    def tied_head(self) -> tuple[Linear, Tensor | QuantisedRows]:
+        """The head and the table that it was made of."""
+        bias = self.tensor("lm_head.bias", torch.float32) if self.spec.lm_head_bias else None
+        rows = self.blocks("embedding")
+        if rows is not None and (linear := self.pack_blocks(rows, bias)) is not None:
+            return linear, rows
+        table = self.tensor("embedding.weight", self.dtype)
+        return self.counted(self.kernels.pack_linear(table, bias)), table
 
     def block(self, layer: int) -> Block | SharedNormBlock:
         spec, prefix = self.spec, layer_prefix(layer)
@@ -125,12 +139,37 @@ class Builder:
 
     def linear(self, *parts: str) -> Linear:
         """The parts' rows stacked into one product."""
-        weights = [self.tensor(f"{part}.weight", self.dtype) for part in parts]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = None
         if f"{parts[0]}.bias" in self.shapes:
             bias = torch.cat([self.tensor(f"{part}.bias", torch.float32) for part in parts])
-        return self.kernels.pack_linear(weight, bias)
+        rows = self.blocks(*parts)
+        if rows is not None and (linear := self.pack_blocks(rows, bias)) is not None:
+            return linear
+        weights = [self.tensor(f"{part}.weight", self.dtype) for part in parts]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return self.counted(self.kernels.pack_linear(weight, bias))
+
+    def blocks(self, *parts: str) -> QuantisedRows | None:
+        """The parts' rows as the file has them, if they shall stay so and their types allow."""
+        if not self.keep_quantised:
+            return None
+        rows = [found for part in parts if (found := self.weights.blocks(f"{part}.weight")) is not None]
+        return stacked(rows) if len(rows) == len(parts) else None
+
+    def pack_blocks(self, rows: QuantisedRows, bias: Tensor | None) -> Linear | None:
+        linear = self.kernels.pack_quantised(rows.raw, rows.quant_type, bias)
+        if linear is None:
+            return None
+        self.report(prod(rows.shape))
+        return self.counted(linear)
+
+    def counted(self, linear: Linear) -> Linear:
+        self.count(linear.nbytes)
+        return linear
+
+    def count(self, nbytes: int) -> None:
+        with self.lock:
+            self.weight_bytes += nbytes
 
     def norm(self, name: str) -> Norm:
         weight = self.tensor(f"{name}.weight", torch.float32).clone()  # not the mapped file
@@ -143,11 +182,14 @@ class Builder:
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self.weights.read(name, dtype).to(self.device)
+        self.report(tensor.numel())
+        return tensor
+
+    def report(self, parameters: int) -> None:
         with self.lock:
-            self.loaded += tensor.numel()
+            self.loaded += parameters
             if self.progress is not None:
                 self.progress(self.loaded, self.total)
-        return tensor
 
     def _holds(self, name: str) -> bool:
         """Whether this stage reads the weight."""

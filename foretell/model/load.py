@@ -65,10 +65,12 @@ def load_model(
     activation_dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     layers: range | None = None,
+    keep_quantised: bool = False,
 ) -> Transformer:
     """The model of this spec, its weights kept in ``dtype`` (norms and biases in float32).
 
-    ``layers`` limits it to a pipeline stage. Peak memory is the packed weights plus about one tensor.
+    ``keep_quantised``: weights that the kernels can use as the file has them stay so. ``layers`` limits it to a
+    pipeline stage. Peak memory is the packed weights plus about one tensor.
     Raises ModelFormatError naming the tensor that is missing, misshaped, unexpected or not finite.
     """
     source = open_tensors(files) if isinstance(files, ModelFiles) else files
@@ -82,6 +84,7 @@ def load_model(
         device=device,
         layers=layers,
         progress=progress,
+        keep_quantised=keep_quantised,
     ).build()
 
 

@@ -6,7 +6,7 @@ Free of torch: the transforms are tensor methods, applied later by the loader.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from foretell.config import ModelSpec
@@ -20,11 +20,15 @@ Transform = Callable[["Tensor"], "Tensor"]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where one canonical weight comes from: a tensor of this name and shape, then a transform (or none)."""
+    """Where one canonical weight comes from: a tensor of this name and shape, then a transform (or none).
+
+    ``by_rows``: the transform only picks or reorders rows, whatever they hold, quantised blocks as well.
+    """
 
     name: str
     shape: tuple[int, ...]
     transform: Transform | None = None
+    by_rows: bool = False
 
 
 # (spec, canonical part such as "attention.q", "weight" or "bias", canonical shape) → source, name unprefixed
@@ -64,7 +68,7 @@ class Naming:
         if isinstance(target, str):
             return Source(f"{prefix}{target}.{kind}", shape)
         made = target(spec, part, kind, shape)
-        return Source(prefix + made.name, made.shape, made.transform)
+        return replace(made, name=prefix + made.name)
 
 
 def plus_one(name: str) -> Maker:
@@ -97,7 +101,7 @@ def stacked_qkv(name: str, *, conv1d: bool = False) -> Maker:
         total = (rows["attention.v"][1], *shape[1:])
         if conv1d and kind == "weight":
             return Source(f"{name}.{kind}", total[::-1], lambda t: t[:, start:stop].t())
-        return Source(f"{name}.{kind}", total, lambda t: t[start:stop])
+        return Source(f"{name}.{kind}", total, lambda t: t[start:stop], by_rows=True)
 
     return make
 
@@ -131,7 +135,7 @@ def stacked_gate_up(name: str) -> Maker:
     def make(spec: ModelSpec, part: str, kind: str, shape: tuple[int, ...]) -> Source:
         ffn = spec.intermediate_size
         start = 0 if part == "mlp.gate" else ffn
-        return Source(f"{name}.{kind}", (2 * ffn, *shape[1:]), lambda t: t[start : start + ffn])
+        return Source(f"{name}.{kind}", (2 * ffn, *shape[1:]), lambda t: t[start : start + ffn], by_rows=True)
 
     return make
 
@@ -143,8 +147,8 @@ def interleaved_rows(name: str) -> Maker:
         half = spec.head_dim // 2
 
         def restore(t: Tensor) -> Tensor:
-            return t.reshape(-1, half, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+            return t.reshape(-1, half, 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
 
-        return Source(f"{name}.{kind}", shape, restore)
+        return Source(f"{name}.{kind}", shape, restore, by_rows=True)
 
     return make

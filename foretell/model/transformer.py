@@ -13,13 +13,14 @@ from foretell.kernels.base import BatchContext, KVLayer, Linear
 from foretell.model.block import Block, SharedNormBlock
 from foretell.model.norm import Norm
 from foretell.model.rope import RotaryTable, Rotation
+from foretell.store.gguf_rows import QuantisedRows
 
 
 @dataclass(slots=True)
 class Embedding:
     """Token vectors, with learned positions where the family has no rotary ones."""
 
-    tokens: Tensor  # [vocab, h]
+    tokens: Tensor | QuantisedRows  # [vocab, h]
     positions: Tensor | None  # [learned_positions, h]
     multiplier: float
     dtype: torch.dtype
@@ -59,6 +60,7 @@ class Transformer:
     final_norm: Norm | None
     head: Head | None
     first_layer: int = 0
+    weight_bytes: int = 0  # memory of linear layers and embeddings
     rope: RotaryTable | None = field(init=False)
     local_rope: RotaryTable | None = field(init=False)
 

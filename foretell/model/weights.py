@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from foretell.model.families import tensor_naming
 from foretell.model.gguf_adapter import gguf_architecture, gguf_naming
 from foretell.model.naming import Naming, Source
 from foretell.model.parameters import weight_shapes
+from foretell.store.gguf_rows import QuantisedRows, quantised_rows
 from foretell.store.tensors import TensorSource
 
 
@@ -24,6 +26,10 @@ class Weights(Protocol):
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The weight of this canonical name, for the caller to copy or keep, not to write to."""
+        ...
+
+    def blocks(self, name: str) -> QuantisedRows | None:
+        """The same as the file has it; None if it is not a quantised matrix of whole rows."""
         ...
 
 
@@ -55,6 +61,17 @@ class FileWeights:
         assert tuple(tensor.shape) == self.shapes[name], f"{name}: the transform gave {tuple(tensor.shape)}"
         return tensor
 
+    def blocks(self, name: str) -> QuantisedRows | None:
+        place = self.sources[name]
+        if place.transform is not None and not place.by_rows:
+            return None
+        rows = quantised_rows(self.source, place.name)
+        if rows is None:
+            return None
+        if not rows.is_finite():
+            raise not_finite(place.name)
+        return rows if place.transform is None else replace(rows, raw=place.transform(rows.raw))
+
     def _read_raw(self, place: Source, dtype: torch.dtype) -> Tensor:
         last = self._kept.last
         if last is not None and last[:2] == (place.name, dtype):
@@ -63,10 +80,14 @@ class FileWeights:
         tensor = self.source.read(place.name, dtype)
         # A sum is not finite when any element is not, and costs one pass over memory.
         if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            raise ModelFormatError(f"tensor {place.name!r} holds NaN or infinite values; fetch the model again")
+            raise not_finite(place.name)
         if place.transform is not None:
             self._kept.last = (place.name, dtype, tensor)
         return tensor
+
+
+def not_finite(name: str) -> ModelFormatError:
+    return ModelFormatError(f"tensor {name!r} holds NaN or infinite values; fetch the model again")
 
 
 class _Kept(threading.local):
@@ -115,6 +136,9 @@ class DummyWeights:
         self.shapes = weight_shapes(spec)
         generator = torch.Generator().manual_seed(seed)
         self.block = (torch.rand(self.BLOCK, generator=generator) - 0.5) * (0.04 * 3**0.5)
+
+    def blocks(self, name: str) -> QuantisedRows | None:
+        return None
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         shape = self.shapes[name]
