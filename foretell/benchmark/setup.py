@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from foretell.benchmark.simulate import VirtualRun, simulate
+from foretell.benchmark.steps import between_steps
 from foretell.config import ModelSpec, PolicyName, SchedulerConfig
 from foretell.core.params import SamplingParams
 from foretell.cost import FloorCost, Hardware, measure_hardware
@@ -55,15 +56,18 @@ class Subject:
 
 
 def subject_of(llm: LLM) -> Subject:
-    """Measures the machine (about a second) the first time."""
+    """Measures the machine (about a second) the first time: in the engine's thread, because a second thread
+    that multiplies matrices gets OpenMP threads of its own, and from then on both wait for theirs the slow way."""
     assembly, scheduler = llm.assembly, llm.assembly.engine.scheduler
+    measured: list[Hardware] = []
+    between_steps(llm, lambda engine: measured.append(measure_hardware()))
     return Subject(
         assembly.files.name,
         llm.spec,
         assembly.dtype,
         replace(scheduler.config, max_model_len=assembly.max_model_len),
         assembly.engine.executor.num_blocks,
-        measure_hardware(),
+        measured[0],
     )
 
 
