@@ -22,7 +22,9 @@ template <bool kSigned>
 struct Nibbles {  // [32] words, nibble j of a word is step j
   static constexpr i64 bytes = 4 * NR;
   vu word[V];
-  INLINE explicit Nibbles(const uint8_t* p) { std::memcpy(word, p, sizeof word); }
+  INLINE explicit Nibbles(const uint8_t* p) {  // vector by vector: one copy would go by way of the stack
+    UNROLL for (int v = 0; v < V; v++) std::memcpy(&word[v], p + v * sizeof(vu), sizeof(vu));
+  }
   INLINE vf operator()(int j, int v) const {
 #if defined(FORETELL_AVX512)
     // A table look-up uses the lowest four bits of its index and ignores the others: it masks and converts.
