@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
-import time
-import warnings
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from child_engine import Engine, Sample
 
 from foretell.benchmark.tables import number, table
 from foretell.trace import Workload, named_workload
@@ -36,23 +33,6 @@ TEXT_TOKENS = 256
 QUIET = 0.05  # share of the machine that others may use while a sample is taken
 
 
-@dataclass(frozen=True)
-class Sample:
-    """``others``: the share of the machine that other processes used meanwhile."""
-
-    seconds: float
-    others: float
-
-
-def machine_busy_seconds() -> float:
-    """CPU seconds of all processes so far; 0 where that is not told."""
-    try:
-        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    except OSError:
-        return 0.0
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # without idle and waiting for disks
-
-
 # -- what runs in a process of its own --------------------------------------------------------------------
 
 
@@ -62,11 +42,11 @@ class Foretell:
 
         self.llm = LLM(MODEL, num_threads=threads, dtype="bfloat16", enable_prefix_caching=False, max_model_len=2048)
 
-    def about(self) -> dict[str, Any]:
+    def about(self, again: bool = False) -> dict[str, Any]:
         from foretell.benchmark.setup import subject_of
 
         assembly = self.llm.assembly
-        hardware = str(subject_of(self.llm).hardware)
+        hardware = str(subject_of(self.llm, again=again).hardware)
         return {"kernels": assembly.kernels, "vocab_size": self.llm.spec.vocab_size, "hardware": hardware}
 
     def floor_seconds(self, workload: Workload, limit: int | None) -> float:
@@ -122,53 +102,6 @@ class Transformers:
             logits = self.model(torch.tensor([ids])).logits[0, :-1].float()
         picked = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])
         return [float(value) for value in picked[:, 0]]
-
-
-def serve(pipe: Any, make: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    """In the child: build the engine, then do what is asked, with the time it took."""
-    warnings.simplefilter("ignore")
-    engine = make(*arguments)
-    while (asked := pipe.recv()) is not None:
-        name, parameters = asked
-        started, busy, own = time.perf_counter(), machine_busy_seconds(), time.process_time()
-        answer = getattr(engine, name)(*parameters)
-        seconds = time.perf_counter() - started
-        others = machine_busy_seconds() - busy - (time.process_time() - own)
-        pipe.send((answer, Sample(seconds, max(0.0, others / (seconds * (os.cpu_count() or 1))))))
-
-
-class Engine:
-    """An engine in a child process, called as if it were here."""
-
-    def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
-        self.name = name
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, make, arguments), daemon=True)
-        self.process.start()
-        other.close()
-
-    def call(self, method: str, *parameters: Any) -> Any:
-        return self._ask(method, parameters)[0]
-
-    def sample(self, workload: Workload, limit: int | None = None) -> Sample:
-        return self._ask("run", (workload, limit))[1]
-
-    def _ask(self, method: str, parameters: tuple[Any, ...]) -> tuple[Any, Sample]:
-        self.pipe.send((method, parameters))
-        try:
-            answer, sample = self.pipe.recv()
-        except EOFError:
-            raise SystemExit(f"{self.name} died; its error stands above") from None
-        return answer, sample
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.process.is_alive():
-            self.pipe.send(None)
-        self.process.join(10)
 
 
 # -- the run ----------------------------------------------------------------------------------------------
@@ -260,6 +193,7 @@ def main() -> None:
         errors = accuracy(engines, exact)
         engines += [exact] if args.float32 else []
         raw = measure(engines, asked, args.rounds or (1 if args.quick else 3))
+        about, best = own.call("about", True), floor_speeds(own, asked)  # the machine may have been busy before
     report(asked, best, raw, errors, {**vars(args), **about})
 
 

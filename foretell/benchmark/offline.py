@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from foretell.benchmark.setup import Subject, describe, greedy_params, heading, prompts_of, subject_of
+from foretell.benchmark.setup import Subject, describe, greedy_params, heading, prompts_of, subject_after, subject_of
 from foretell.benchmark.steps import StepSummary, step_records, summarize_steps
 from foretell.benchmark.tables import number, table
 from foretell.trace.workloads import Workload
@@ -61,6 +61,9 @@ def run(
     floor = floor_walls(subject, workload, output_len)
     say(f"floor: {number(floor.full)} s ({number(workload.output_tokens / floor.full)} output tok/s)")
     measured = measure(llm, workload, output_len, repeat=repeat, warmup=warmup, progress=progress)
+    better = subject_after(llm, subject, say)
+    if better is not subject:
+        subject, floor = better, floor_walls(better, workload, output_len)
     for line in report_lines(workload, output_len, floor, measured):
         say(line)
     return {

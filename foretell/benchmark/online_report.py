@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from foretell.benchmark.online import OnlineRun, run_open_loop, set_policy
-from foretell.benchmark.setup import Subject, describe, heading, subject_of
+from foretell.benchmark.setup import Subject, describe, heading, subject_after, subject_of
 from foretell.benchmark.steps import Record, summarize_steps
 from foretell.benchmark.tables import BARS, cdf_rows, milliseconds, number, sparkline, table, timeline
 from foretell.config import PolicyName
-from foretell.trace.metrics import Objectives, Report, RequestTimes, Spread, span_seconds, summarize
+from foretell.trace.metrics import Objectives, Report, Spread, span_seconds, summarize
 from foretell.trace.workloads import Workload
 
 if TYPE_CHECKING:
@@ -60,12 +60,15 @@ def run(
     kernels = llm.llm.assembly.kernels
     heading(subject, workload, kernels, say)
     say(f"offered: {offered_load(workload)}")
-    floors = {policy: _summary(subject.floor(workload, policy=policy).requests, objectives) for policy in policies}
+    floors = _floors(subject, workload, policies, objectives)
     for policy, floor in floors.items():
         say(f"floor, {policy}: {_one_line(floor)}")
     if warmup:
         run_open_loop(llm, _warmup_part(workload), variant=1)
     outcomes = _rounds(llm, workload, policies, objectives, repeat, progress)
+    better = subject_after(llm.llm, subject, say)
+    if better is not subject:
+        subject, floors = better, _floors(better, workload, policies, objectives)
     for policy in policies:
         say_outcome(policy, floors[policy], outcomes[policy], objectives, say)
     say(trade_off({policy: outcome.report for policy, outcome in outcomes.items()}, objectives))
@@ -91,7 +94,7 @@ def run_virtual(
     say(f"offered: {offered_load(workload)}")
     say("virtual time: every step takes its floor, so these are bounds, not predictions")
     runs = {policy: subject.floor(workload, policy=policy) for policy in policies}
-    reports = {policy: _summary(virtual.requests, objectives) for policy, virtual in runs.items()}
+    reports = {policy: summarize(virtual.requests, objectives) for policy, virtual in runs.items()}
     for policy, report in reports.items():
         say(f"\n{policy}: {_one_line(report)}")
         say(latency_table(report))
@@ -104,6 +107,13 @@ def run_virtual(
         "virtual": {policy: report.as_dict() for policy, report in reports.items()},
         "steps": {policy: virtual.steps for policy, virtual in runs.items()},
     }
+
+
+def _floors(
+    subject: Subject, workload: Workload, policies: Sequence[PolicyName], objectives: Objectives
+) -> dict[PolicyName, Report]:
+    runs = {policy: subject.floor(workload, policy=policy) for policy in policies}
+    return {policy: summarize(run.requests, objectives) for policy, run in runs.items()}
 
 
 def _rounds(
@@ -134,10 +144,6 @@ def _outcome(runs: Sequence[OnlineRun], objectives: Objectives) -> Outcome:
     seconds = sum(span_seconds(one.requests) for one in runs)
     worst = max((one.lateness for one in runs), key=lambda spread: spread.p99)
     return Outcome(summarize(requests, objectives, seconds), worst, runs[-1])
-
-
-def _summary(requests: Sequence[RequestTimes], objectives: Objectives) -> Report:
-    return summarize(requests, objectives)
 
 
 def _warmup_part(workload: Workload) -> Workload:

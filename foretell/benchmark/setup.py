@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from foretell.assembly import EngineOptions
     from foretell.llm import LLM
 
+NOTABLY = 1.05
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -55,12 +57,12 @@ class Subject:
             )
 
 
-def subject_of(llm: LLM) -> Subject:
+def subject_of(llm: LLM, *, again: bool = False) -> Subject:
     """Measures the machine (about a second) the first time: in the engine's thread, because a second thread
     that multiplies matrices gets OpenMP threads of its own, and from then on both wait for theirs the slow way."""
     assembly, scheduler = llm.assembly, llm.assembly.engine.scheduler
     measured: list[Hardware] = []
-    between_steps(llm, lambda engine: measured.append(measure_hardware()))
+    between_steps(llm, lambda engine: measured.append(measure_hardware(again=again)))
     return Subject(
         assembly.files.name,
         llm.spec,
@@ -69,6 +71,15 @@ def subject_of(llm: LLM) -> Subject:
         assembly.engine.executor.num_blocks,
         measured[0],
     )
+
+
+def subject_after(llm: LLM, before: Subject, say: Callable[[str], None]) -> Subject:
+    """Measures the machine once more: the floor may not be what it gave in a busy moment before the run."""
+    after = subject_of(llm, again=True)
+    if not after.hardware.exceeds(before.hardware, NOTABLY):
+        return before
+    say(f"the machine gave more after the run, so the floor moves: {after.hardware}")
+    return after
 
 
 def virtual_subject(options: EngineOptions) -> Subject:

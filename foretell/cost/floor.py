@@ -12,6 +12,7 @@ from typing import Protocol
 
 from foretell.config import ModelSpec
 from foretell.core.messages import Batch
+from foretell.cost import operations
 from foretell.cost.hardware import BYTES_PER_ELEMENT, Hardware
 from foretell.model.parameters import count_parameters
 
@@ -108,13 +109,4 @@ class FloorCost:
 def visible_pairs(start: int, length: int, window: int | None) -> int:
     """Query-key pairs of causal attention for positions [start, start + length): each token sees itself and
     what is before it, within the window."""
-    end = start + length
-    if window is None or end <= window:
-        return _triangle(end) - _triangle(start)
-    growing = max(0, window - start)  # positions that still see everything before them
-    return _triangle(start + growing) - _triangle(start) + (length - growing) * window
-
-
-def _triangle(n: int) -> int:
-    """1 + 2 + … + n."""
-    return n * (n + 1) // 2
+    return operations.visible_pairs(start + length, window) - operations.visible_pairs(start, window)

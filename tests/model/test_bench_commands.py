@@ -27,7 +27,7 @@ def model(tmp_path_factory):
 def quick(monkeypatch):
     """The machine's rates are not what is tested."""
     fixed = Hardware(2, 1e10, {"float32": 1e11, "bfloat16": 1e11})
-    monkeypatch.setattr("foretell.benchmark.setup.measure_hardware", lambda: fixed)
+    monkeypatch.setattr("foretell.benchmark.setup.measure_hardware", lambda **_: fixed)
 
 
 def bench(*arguments, code=0):
@@ -60,6 +60,16 @@ def test_offline_prints_theory_measurement_and_one_json_line(model, tmp_path):
     assert sum(p["tokens"] for p in result["phases"].values()) == result["prompt_tokens"] + 12 - 3
     assert 0 < result["floor_wall_seconds"] < result["wall_seconds"]
     assert result["cached_prompt_tokens"] == 0
+
+
+def test_the_floor_moves_when_the_machine_turns_out_faster(model, monkeypatch):
+    slow, fast = (Hardware(2, rate, {"float32": 1e11, "bfloat16": 1e11}) for rate in (1e9, 4e9))
+    monkeypatch.setattr("foretell.benchmark.setup.measure_hardware", lambda *, again=False: fast if again else slow)
+    result, text = run("offline", model, "--num-requests", 1, "--output-len", 4, "--repeat", 1, "--warmup", 0)
+    assert "the floor moves" in text
+    assert result["hardware"]["read_bytes_per_second"] == 4e9
+    before = float(text.split("floor: ")[1].split(" s")[0])
+    assert result["floor_wall_seconds"] < before
 
 
 def test_offline_with_uneven_outputs_claims_no_time_per_step(model):

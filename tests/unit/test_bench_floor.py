@@ -77,6 +77,24 @@ def test_narrow_weights_are_never_slower_than_widened_ones():
     assert slow.rate("bfloat16") == slow.rate("float16") == slow.rate("float32") == 9.0
 
 
+def test_the_best_of_two_measurements_counts():
+    busy, quiet = Hardware(2, 1.0, {"float32": 5.0}), Hardware(2, 4.0, {"float32": 3.0})
+    best = busy.best_with(quiet)
+    assert best == Hardware(2, 4.0, {"float32": 5.0})
+    assert best.exceeds(busy, 3.9)
+    assert not best.exceeds(busy, 4.0)
+
+
+def test_hardware_is_measured_once_and_better_if_asked_again(monkeypatch):
+    from foretell.cost import hardware
+
+    measured = iter([Hardware(2, 1.0, {"float32": 5.0}), Hardware(2, 4.0, {"float32": 3.0})])
+    monkeypatch.setattr(hardware, "_known", {})
+    monkeypatch.setattr(hardware, "_measure", lambda threads: next(measured))
+    assert hardware.measure_hardware() is hardware.measure_hardware()
+    assert hardware.measure_hardware(again=True) == Hardware(2, 4.0, {"float32": 5.0})
+
+
 @pytest.mark.skipif(not SHAPES.exists(), reason="the shapes are not on this machine")
 @pytest.mark.parametrize(
     ("model", "batch", "prompt", "output", "milliseconds"),
