@@ -21,9 +21,11 @@ import torch.nn.functional as F
 
 from foretell.kernels import get_kernels
 from foretell.kernels.base import BatchContext, Kernels, KVGroupView, KVLayer, torch_dtype
+from foretell.kernels.cpu_quant import TYPES
 
 SMOLLM2 = {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (576, 1536), "head": (49152, 576)}
 ROWS = (1, 4, 16, 64, 256, 1024)
+QUANTISED, QUANTISED_ROWS = ("Q4_0", "Q4_1", "Q8_0"), (1, 4, 16, 64, 256)
 ATTENTION = {  # name: (query lengths, KV lengths), 9 query heads on 3 KV heads of 64
     "decode 1 × 1024": ([1], [1024]),
     "decode 16 × 200": ([1] * 16, [200] * 16),
@@ -47,12 +49,13 @@ class Row:
     floor_us: float
     foretell_us: float
     torch_us: float
+    other: str = "torch"  # what is measured beside ours
 
     def __str__(self) -> str:
         ratio, against = self.foretell_us / self.floor_us, self.torch_us / self.foretell_us
         return (
             f"{self.what:24} M={self.rows:<5} floor {self.floor_us:9.1f} µs   foretell {self.foretell_us:9.1f} µs"
-            f"  ({ratio:5.2f} × floor)   torch {self.torch_us:9.1f} µs  ({against:5.2f} × ours)"
+            f"  ({ratio:5.2f} × floor)   {self.other} {self.torch_us:9.1f} µs  ({against:5.2f} × ours)"
         )
 
 
@@ -99,6 +102,37 @@ def bench_linear(kernels: Kernels, machine: Machine, dtype: torch.dtype, rows: t
             a, b = seconds([ours, theirs], budget)
             floor = max(size / machine.read_bytes_per_second, 2 * M * N * K / machine.flops_per_second)
             yield Row(name, M, floor * 1e6, a * 1e6, b * 1e6)
+
+
+def bench_quantised(kernels: Kernels, machine: Machine, budget: float):
+    """GGUF blocks as shipped; beside them our own bfloat16 kernel, whose weights they would be otherwise."""
+    for quant_type in QUANTISED:
+        _, block, block_bytes = TYPES[quant_type]
+        for name, (N, K) in SMOLLM2.items():
+            raw = torch.randint(0, 60, (N, K // block * block_bytes), dtype=torch.uint8)  # no scale is infinite
+            first, plain = kernels.pack_quantised(raw, quant_type, None), torch.randn(N, K).bfloat16()
+            if first is None:
+                return
+            packed = [first] + [
+                kernels.pack_quantised(raw, quant_type, None) for _ in range(CACHE_BYTES // first.nbytes)
+            ]
+            wide = [kernels.pack_linear(plain, None) for _ in range(max(1, CACHE_BYTES // plain.nbytes))]
+            for M in QUANTISED_ROWS[: 4 if name == "head" else None]:
+                x, turn = torch.randn(M, K), 0
+
+                def ours(x=x, packed=packed):
+                    nonlocal turn
+                    turn = (turn + 1) % len(packed)
+                    return packed[turn](x)
+
+                def theirs(x=x, wide=wide):
+                    nonlocal turn
+                    turn = (turn + 1) % len(wide)
+                    return wide[turn](x)
+
+                a, b = seconds([ours, theirs], budget)
+                floor = max(first.nbytes / machine.read_bytes_per_second, 2 * M * N * K / machine.flops_per_second)
+                yield Row(f"{name} {quant_type}", M, floor * 1e6, a * 1e6, b * 1e6, "bfloat16")
 
 
 def paged(queries: list[int], lengths: list[int], G: int, D: int, dtype: torch.dtype, layers: int, block: int = 16):
@@ -163,6 +197,9 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for row in bench_linear(kernels, machine, dtype, ROWS[::3] if options.quick else ROWS, options.seconds):
+            print(row, flush=True)
+            rows.append(row)
+        for row in bench_quantised(kernels, machine, options.seconds / (4 if options.quick else 1)):
             print(row, flush=True)
             rows.append(row)
         for row in bench_attention(kernels, machine, dtype, options.seconds):
