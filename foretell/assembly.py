@@ -141,7 +141,8 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
     num_blocks = plan_blocks(spec, config, options.kv_cache_bytes or default_kv_bytes(), dtype.itemsize)
     kv = allocate(spec, num_blocks, config.block_size, dtype)
     sizes = block_bytes(spec, config.block_size, dtype.itemsize)
-    executor = LocalExecutor(ModelRunner(model, kv, config.block_size), num_blocks)
+    torch_threads = 1 if kernels.name == "cpu" else None
+    executor = LocalExecutor(ModelRunner(model, kv, config.block_size, torch_threads=torch_threads), num_blocks)
     step_log = None if options.step_log is None else StepLog(options.step_log)
     engine = Engine(
         config,

@@ -7,6 +7,10 @@
 
 namespace foretell {
 int g_threads = 1;
+Pool* g_pool = new Pool;  // never deleted: its threads live as long as the process
+
+// The threads of a pool stay behind in the parent of a fork: the child starts with a pool of its own.
+static const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
 
 template <class F>
 void with_format(int format, F f) {
@@ -17,8 +21,9 @@ void with_format(int format, F f) {
 
 template <int A>
 void activate(const float* x, const float* up, i64 rows, i64 n, i64 stride, float* y) {
-#pragma omp parallel for num_threads(team(rows* n, kElementsPerThread))
-  for (i64 r = 0; r < rows; r++) act_row<A>(x + r * stride, up ? up + r * stride : nullptr, n, y + r * n);
+  parallel_runs(rows, team(rows * n, kElementsPerThread), [&](i64 begin, i64 end) {
+    for (i64 r = begin; r < end; r++) act_row<A>(x + r * stride, up ? up + r * stride : nullptr, n, y + r * n);
+  });
 }
 }  // namespace foretell
 
@@ -35,14 +40,6 @@ i64 ft_packed_words(i64 N, i64 K, int format) {
 
 void ft_pack_weight(const char* w, i64 N, i64 K, i64 row_bytes, int format, uint32_t* out) {
   with_format(format, [&](auto f) { pack_weight<decltype(f)>(w, N, K, row_bytes, out); });
-}
-
-int ft_has_openmp() {
-#ifdef _OPENMP
-  return 1;
-#else
-  return 0;
-#endif
 }
 
 int ft_rounds_activations() {  // whether `exact` makes a difference to ft_linear
@@ -81,14 +78,16 @@ void ft_linear_quant(const float* x, i64 ldx, i64 M, i64 N, i64 K, const uint8_t
 // Rows in two levels, heads within tokens, as a strided view of qkv has them.
 void ft_rms_norm(const float* x, const float* w, i64 outer, i64 inner, i64 far, i64 near, i64 C, float eps,
                  float* y) {
-#pragma omp parallel for num_threads(team(outer* inner* C, kElementsPerThread))
-  for (i64 o = 0; o < outer; o++)
-    for (i64 i = 0; i < inner; i++) rms_norm_row(x + o * far + i * near, w, C, eps, y + (o * inner + i) * C);
+  parallel_runs(outer, team(outer * inner * C, kElementsPerThread), [&](i64 begin, i64 end) {
+    for (i64 o = begin; o < end; o++)
+      for (i64 i = 0; i < inner; i++) rms_norm_row(x + o * far + i * near, w, C, eps, y + (o * inner + i) * C);
+  });
 }
 
 void ft_layer_norm(const float* x, const float* w, const float* b, i64 rows, i64 C, i64 stride, float eps, float* y) {
-#pragma omp parallel for num_threads(team(rows* C, kElementsPerThread))
-  for (i64 r = 0; r < rows; r++) layer_norm_row(x + r * stride, w, b, C, eps, y + r * C);
+  parallel_runs(rows, team(rows * C, kElementsPerThread), [&](i64 begin, i64 end) {
+    for (i64 r = begin; r < end; r++) layer_norm_row(x + r * stride, w, b, C, eps, y + r * C);
+  });
 }
 
 void ft_activate(const float* x, const float* up, i64 rows, i64 n, i64 stride, int kind, float* y) {
@@ -100,10 +99,11 @@ void ft_activate(const float* x, const float* up, i64 rows, i64 n, i64 stride, i
 
 void ft_rope(float* x, i64 tokens, i64 heads, i64 token_stride, i64 head_stride, const float* cos, const float* sin,
              i64 R) {
-#pragma omp parallel for num_threads(team(tokens* heads* R * 2, kElementsPerThread))
-  for (i64 t = 0; t < tokens; t++)
-    for (i64 h = 0; h < heads; h++)
-      rope_head(x + t * token_stride + h * head_stride, cos + t * R, sin + t * R, R);
+  parallel_runs(tokens, team(tokens * heads * R * 2, kElementsPerThread), [&](i64 begin, i64 end) {
+    for (i64 t = begin; t < end; t++)
+      for (i64 h = 0; h < heads; h++)
+        rope_head(x + t * token_stride + h * head_stride, cos + t * R, sin + t * R, R);
+  });
 }
 
 // k, v [M, G, D], strided alike or not → caches [blocks, G, block_size, D] at slots.
@@ -113,14 +113,14 @@ void ft_write_kv(const float* k, const float* v, i64 k_token_stride, i64 k_head_
   with_format(format, [&](auto f) {
     using T = decltype(f);
     auto *k_out = static_cast<typename T::T*>(k_cache), *v_out = static_cast<typename T::T*>(v_cache);
-#pragma omp parallel for num_threads(team(M* G* D, kElementsPerThread))
-    for (i64 t = 0; t < M; t++)
-      for (i64 g = 0; g < G; g++) {
+    parallel_runs(M, team(M * G * D, kElementsPerThread), [&](i64 begin, i64 end) {
+      for (i64 t = begin; t < end; t++) for (i64 g = 0; g < G; g++) {
         i64 block = slots[t] / block_size, offset = slots[t] % block_size;
         i64 to = ((block * G + g) * block_size + offset) * D;
         narrow_row<T>(k + t * k_token_stride + g * k_head_stride, D, k_out + to);
         narrow_row<T>(v + t * v_token_stride + g * v_head_stride, D, v_out + to);
       }
+    });
   });
 }
 

@@ -25,7 +25,6 @@ ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "rel
 _P, _L, _I, _F = c_void_p, c_int64, c_int, c_float
 SIGNATURES = QUANT_SIGNATURES | {
     "ft_set_threads": (_I,),
-    "ft_has_openmp": (),
     "ft_rounds_activations": (),
     "ft_packed_words": (_L, _L, _I),
     "ft_pack_weight": (_P, _L, _L, _L, _I, _P),
@@ -37,7 +36,7 @@ SIGNATURES = QUANT_SIGNATURES | {
     "ft_attention": (_P, _L, _L, _P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _L, _F, _P, _I),
     "ft_write_kv": (_P, _P, _L, _L, _L, _L, _L, _L, _L, _P, _L, _P, _P, _I),
 }
-RESULTS = {"ft_packed_words": _L, "ft_quant_bytes": _L, "ft_has_openmp": _I, "ft_rounds_activations": _I}
+RESULTS = {"ft_packed_words": _L, "ft_quant_bytes": _L, "ft_rounds_activations": _I}
 
 
 class CpuLinear:
@@ -112,8 +111,6 @@ class CpuKernels(ReferenceKernels):
             getattr(self._lib, function).argtypes = arguments
             getattr(self._lib, function).restype = RESULTS.get(function)
         self._checked: BatchContext | None = None
-        if not self._lib.ft_has_openmp():
-            self.reason = "built without OpenMP: one thread"
         self.set_threads(torch.get_num_threads())
 
     def set_threads(self, count: int) -> None:

@@ -321,24 +321,20 @@ INLINE std::vector<Unit> make_units(const AttentionArgs& a) {
 template <class T>
 void attend_whole(const AttentionArgs& a, const std::vector<Unit>& units, i64 rows, int threads) {
   i64 padded = a.padded_d(), partial = Partial::floats(rows, padded);
-#pragma omp parallel num_threads(threads)
-  {
+  parallel(i64(units.size()), threads, [&](i64 i) {
     static thread_local Scratch memory;
     float* base = memory.get(size_t(UnitScratch::floats(rows, padded) + 2 * partial));
-#pragma omp for schedule(dynamic) nowait
-    for (i64 i = 0; i < i64(units.size()); i++) {
-      const Unit& u = units[units.size() - 1 - i];  // late units see most: start with them
-      UnitScratch scratch(base + 2 * partial, rows, padded);
-      Partial all(base, rows, padded), part(base + partial, rows, padded);
-      load_queries(a, u, scratch.q);
-      for (i64 split = u.first_split(a); split < u.last_split(); split++) {
-        bool first = split == u.first_split(a);
-        attend_split<T>(a, u, split, scratch, first ? all : part);
-        if (!first) merge(all, part, u.rows(a), padded);
-      }
-      write_result(a, u, all);
+    const Unit& u = units[units.size() - 1 - i];  // late units see most: start with them
+    UnitScratch scratch(base + 2 * partial, rows, padded);
+    Partial all(base, rows, padded), part(base + partial, rows, padded);
+    load_queries(a, u, scratch.q);
+    for (i64 split = u.first_split(a); split < u.last_split(); split++) {
+      bool first = split == u.first_split(a);
+      attend_split<T>(a, u, split, scratch, first ? all : part);
+      if (!first) merge(all, part, u.rows(a), padded);
     }
-  }
+    write_result(a, u, all);
+  });
 }
 
 // Few units, long history (decode): splits are spread over the threads, too.
@@ -347,27 +343,22 @@ void attend_splits(const AttentionArgs& a, const std::vector<Unit>& units, i64 r
   static thread_local Scratch partials;
   i64 padded = a.padded_d(), partial = Partial::floats(rows, padded), count = i64(units.size());
   float* parts = partials.get(size_t(count * splits * partial));
-#pragma omp parallel num_threads(threads)
-  {
+  parallel(count * splits, threads, [&](i64 i) {
     static thread_local Scratch memory;
+    const Unit& u = units[i % count];
+    i64 split = u.first_split(a) + i / count;
+    if (split >= u.last_split()) return;
     UnitScratch scratch(memory.get(size_t(UnitScratch::floats(rows, padded))), rows, padded);
-#pragma omp for schedule(dynamic)
-    for (i64 i = 0; i < count * splits; i++) {
-      const Unit& u = units[i % count];
-      i64 split = u.first_split(a) + i / count;
-      if (split >= u.last_split()) continue;
-      load_queries(a, u, scratch.q);
-      attend_split<T>(a, u, split, scratch, Partial(parts + i * partial, rows, padded));
-    }
-#pragma omp for schedule(static)
-    for (i64 n = 0; n < count; n++) {
-      const Unit& u = units[n];
-      Partial all(parts + n * partial, rows, padded);
-      for (i64 j = 1; j < u.last_split() - u.first_split(a); j++)
-        merge(all, Partial(parts + (j * count + n) * partial, rows, padded), u.rows(a), padded);
-      write_result(a, u, all);
-    }
-  }
+    load_queries(a, u, scratch.q);
+    attend_split<T>(a, u, split, scratch, Partial(parts + i * partial, rows, padded));
+  });
+  parallel(count, threads, [&](i64 n) {
+    const Unit& u = units[n];
+    Partial all(parts + n * partial, rows, padded);
+    for (i64 j = 1; j < u.last_split() - u.first_split(a); j++)
+      merge(all, Partial(parts + (j * count + n) * partial, rows, padded), u.rows(a), padded);
+    write_result(a, u, all);
+  });
 }
 
 template <class T>

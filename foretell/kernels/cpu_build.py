@@ -13,10 +13,27 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCES = ("cpu_attention.h", "cpu_common.h", "cpu_elementwise.h", "cpu_linear.h", "cpu_quant.h", "cpu.cpp")
+SOURCES = (
+    "cpu_attention.h",
+    "cpu_common.h",
+    "cpu_elementwise.h",
+    "cpu_linear.h",
+    "cpu_pool.h",
+    "cpu_quant.h",
+    "cpu.cpp",
+)
 # No -ffast-math: results must not depend on how the compiler regroups sums. Contraction is off because the
 # code says itself where a multiply and an add fuse.
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-pthread",
+)
 BUILD_SECONDS = 300
 
 
@@ -63,19 +80,14 @@ def _private_directory(path: Path) -> Path:
 
 
 def _load_or_build(compiler: str, directory: Path) -> ctypes.CDLL:
-    failure = ""
-    for parallel in (_openmp_flags(), ()):
-        flags = (*FLAGS, _target_flag(), *parallel, *os.environ.get("FORETELL_CXXFLAGS", "").split())
-        library = directory / f"{_fingerprint(compiler, flags)}.so"
-        if not library.exists():
-            failure = _compile(compiler, flags, library) or ""
-            if failure:
-                continue  # without OpenMP the kernels still work, on one thread
-        status = library.lstat()
-        if status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode):
-            raise BuildError(f"{library} is not a file of ours; delete it")
-        return ctypes.CDLL(str(library))
-    raise BuildError(f"{compiler} cannot build the C++ kernels: {failure}")
+    flags = (*FLAGS, _target_flag(), *os.environ.get("FORETELL_CXXFLAGS", "").split())
+    library = directory / f"{_fingerprint(compiler, flags)}.so"
+    if not library.exists() and (failure := _compile(compiler, flags, library)):
+        raise BuildError(f"{compiler} cannot build the C++ kernels: {failure}")
+    status = library.lstat()
+    if status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode):
+        raise BuildError(f"{library} is not a file of ours; delete it")
+    return ctypes.CDLL(str(library))
 
 
 def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> str | None:
@@ -119,30 +131,6 @@ def _cpu_model() -> str:
 
 def _target_flag() -> str:
     return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-
-
-def _openmp_flags() -> tuple[str, ...]:
-    """Use the OpenMP runtime that torch has loaded: two pools would spin against each other for the cores.
-
-    A wheel's libgomp.so.1 satisfies ours by its name; one with a mangled name is linked by its path, so
-    that the name recorded in our library is the loaded one's.
-    """
-    runtimes = loaded_openmp()
-    if runtimes and runtimes[0].name != "libgomp.so.1":
-        return ("-fopenmp", "-nodefaultlibs", str(runtimes[0]), "-lstdc++", "-lm", "-lgcc_s", "-lgcc", "-lc")
-    return ("-fopenmp",)
-
-
-def loaded_openmp() -> list[Path]:
-    """OpenMP runtimes mapped into this process (Linux; empty elsewhere)."""
-    import torch  # noqa: F401  its import is what loads the runtime
-
-    try:
-        fields = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    except OSError:
-        return []
-    paths = {Path(f[5]) for f in fields if len(f) > 5 and f[5].startswith("/")}
-    return sorted(p for p in paths if p.name.startswith(("libgomp", "libomp", "libiomp")))
 
 
 def _one_line(text: str) -> str:

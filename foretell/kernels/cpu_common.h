@@ -19,9 +19,8 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+
+#include "cpu_pool.h"
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -31,8 +30,6 @@
 #define INLINE inline __attribute__((always_inline))
 
 namespace foretell {
-
-using i64 = int64_t;
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define FORETELL_AVX512 1
@@ -256,27 +253,10 @@ enum Format { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // --- threads and scratch memory ---
 
-extern int g_threads;
-
 INLINE int team(i64 work, i64 worth_a_thread) {  // threads for `work`: below a microsecond each, waking one loses
   i64 n = work / worth_a_thread;
   return n < 1 ? 1 : n < g_threads ? int(n) : g_threads;
 }
-INLINE int thread_id() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-INLINE int num_threads() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
-
 // Grows and stays, one per thread: no page faults in steady state.
 struct Scratch {
   float* data = nullptr;

@@ -160,22 +160,19 @@ void multiply_rows(const LinearArgs& a, Run run) {
   i64 group = panels * row_blocks / (threads * 6);  // panels in a task: six tasks a thread even out the load
   group = group < 1 ? 1 : group > 16 ? 16 : group;
   i64 groups = (panels + group - 1) / group;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (i64 t = 0; t < tiling.tiles; t++) {
+  parallel_runs(tiling.tiles, threads, [&](i64 begin, i64 end) {
+    for (i64 t = begin; t < end; t++) {
       const float* x = a.x + tiling.start(t) * a.ldx;
       float* to = packed + tiling.start(t) * padded_k;
       if (T::per_word == kNumbersPerWord<T>) pack_rows(x, a.ldx, tiling.height(t), a.K, padded_k, to);
       else pack_rounded_rows(x, a.ldx, tiling.height(t), a.K, to);
     }
-#pragma omp for schedule(dynamic) nowait
-    for (i64 task = 0; task < groups * row_blocks; task++) {
-      i64 t0 = task / groups * per_block, p0 = task % groups * group;
-      run(tiling, packed, t0, t0 + per_block < tiling.tiles ? t0 + per_block : tiling.tiles, p0,
-          p0 + group < panels ? p0 + group : panels);
-    }
-  }
+  });
+  parallel(groups * row_blocks, threads, [&](i64 task) {
+    i64 t0 = task / groups * per_block, p0 = task % groups * group;
+    run(tiling, packed, t0, t0 + per_block < tiling.tiles ? t0 + per_block : tiling.tiles, p0,
+        p0 + group < panels ? p0 + group : panels);
+  });
 }
 
 // As many rows at a time as may be packed: f(arguments of a part).
@@ -195,11 +192,9 @@ void multiply(LinearArgs a) {
   i64 words = (a.K + kNumbersPerWord<T> - 1) / kNumbersPerWord<T>, panels = (a.N + NR - 1) / NR;
   if (a.M == 1 && a.K == words * T::per_word) {
     int threads = team(panels * words, 1 << 10);
-#pragma omp parallel num_threads(threads)
-    {
-      i64 t = thread_id(), n = num_threads();
-      stream<T, 1, W == 4 ? 1 : 2>(a, a.x, words, panels * t / n, panels * (t + 1) / n);
-    }
+    parallel_runs((panels + 1) / 2, threads, [&](i64 begin, i64 end) {  // panels go in pairs
+      stream<T, 1, W == 4 ? 1 : 2>(a, a.x, words, 2 * begin, 2 * end < panels ? 2 * end : panels);
+    });
     return;
   }
   split_rows(a, [words](const LinearArgs& part) {
@@ -215,8 +210,7 @@ void pack_weight(const char* w, i64 N, i64 K, i64 row_bytes, uint32_t* out) {
   constexpr i64 size = sizeof(typename T::T);
   want_huge_pages(out, size_t((N + NR - 1) / NR * NR * ((K + kNumbersPerWord<T> - 1) / kNumbersPerWord<T>)) * 4);
   i64 words = (K + kNumbersPerWord<T> - 1) / kNumbersPerWord<T>, panels = (N + NR - 1) / NR;
-#pragma omp parallel for num_threads(team(N* K, 1 << 16))
-  for (i64 p = 0; p < panels; p++)
+  parallel(panels, team(N * K, 1 << 16), [&](i64 p) {
     for (i64 k = 0; k < words; k++)
       for (i64 c = 0; c < NR; c++) {
         uint32_t word = 0;
@@ -224,6 +218,7 @@ void pack_weight(const char* w, i64 N, i64 K, i64 row_bytes, uint32_t* out) {
         if (n < N) std::memcpy(&word, w + n * row_bytes + k * 4, left < 4 ? left : 4);
         out[(p * words + k) * NR + c] = word;
       }
+  });
 }
 
 }  // namespace foretell

@@ -179,8 +179,7 @@ void pack_quant(const uint8_t* raw, i64 N, i64 K, i64 row_bytes, uint8_t* out) {
   constexpr int per_block = int(F::block_weights / F::group);
   want_huge_pages(out, size_t(quant_bytes<F>(N, K)));
   i64 panels = (N + NR - 1) / NR, groups = K / F::group;
-#pragma omp parallel for num_threads(team(N* K, 1 << 16))
-  for (i64 p = 0; p < panels; p++)
+  parallel(panels, team(N * K, 1 << 16), [&](i64 p) {
     for (i64 g = 0; g < groups; g++)
       for (int c = 0; c < NR; c++) {
         int8_t q[F::group] = {};
@@ -189,6 +188,7 @@ void pack_quant(const uint8_t* raw, i64 N, i64 K, i64 row_bytes, uint8_t* out) {
         if (p * NR + c < N) F::get(row + g / per_block * F::block_bytes, int(g % per_block), q, &d, &m);
         F::put(out + (p * groups + g) * F::bytes, c, d, m, q);
       }
+  });
 }
 
 // --- products ---
@@ -253,11 +253,9 @@ void multiply_fused(const QuantArgs& a) {
       x = packed;
     }
     i64 panels = (l.N + NR - 1) / NR;
-#pragma omp parallel num_threads(team(panels* l.K* MR, 1 << 11))
-    {
-      i64 t = thread_id(), n = num_threads();
-      fused_panels<F, MR>(a, x, panels * t / n, panels * (t + 1) / n);
-    }
+    parallel_runs((panels + 1) / 2, team(panels * l.K * MR, 1 << 11), [&](i64 begin, i64 end) {  // panels go in pairs
+      fused_panels<F, MR>(a, x, 2 * begin, 2 * end < panels ? 2 * end : panels);
+    });
   }
 }
 

@@ -22,19 +22,26 @@ PROMPT_LOGPROB_ROWS = 128  # positions whose full logits are held at once
 class ModelRunner:
     """Turns batches into sampled tokens with a model, its KV cache and the requests it has been told of."""
 
-    def __init__(self, model: Transformer, kv: list[KVLayer], block_size: int) -> None:
+    def __init__(
+        self, model: Transformer, kv: list[KVLayer], block_size: int, *, torch_threads: int | None = None
+    ) -> None:
+        """``torch_threads``: for the thread that computes; kernels with a pool of their own want torch's idle."""
         self.model = model
         self.kv = kv
         self.block_size = block_size
         self.num_groups = len(model.spec.kv_groups)
         self.states: dict[int, RequestState] = {}
         self.sampler = Sampler(model.spec.vocab_size)
+        self._torch_threads = torch_threads
         self.parts: dict[str, float] = {}  # seconds of the last batch by component
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[ChunkResult]:
         """Compute the batch; results for chunks that sample, or failed, in batch order."""
         started = time.perf_counter()
+        if self._torch_threads is not None:  # a setting of the calling thread
+            torch.set_num_threads(self._torch_threads)
+            self._torch_threads = None
         for request_id in batch.removed:
             self.states.pop(request_id, None)
         for added in batch.added:
