@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -103,6 +106,7 @@ class _Phases:
 def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], None] | None = None) -> Assembly:
     """Build the engine that ``options`` describes. Raises a ForetellError with the reason if it cannot be."""
     phases = _Phases()
+    step_log = None if options.step_log is None else StepLog(options.step_log)
     from foretell.store import load_tokenizer, resolve
 
     files = resolve(options.model, offline=options.offline)
@@ -143,7 +147,6 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
     sizes = block_bytes(spec, config.block_size, dtype.itemsize)
     torch_threads = 1 if kernels.name == "cpu" else None
     executor = LocalExecutor(ModelRunner(model, kv, config.block_size, torch_threads=torch_threads), num_blocks)
-    step_log = None if options.step_log is None else StepLog(options.step_log)
     engine = Engine(
         config,
         executor,
@@ -151,6 +154,9 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
         on_event=on_event,
         on_step=step_log,
     )
+    # What has been loaded lives as long as the engine: collections need not walk it in the middle of a step.
+    gc.collect()
+    gc.freeze()
     phases.done("kv cache")
     return Assembly(
         options=options,
@@ -198,14 +204,26 @@ def _max_model_len(options: EngineOptions, spec: ModelSpec) -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping: MemAvailable, or half of what is installed elsewhere."""
+    """Memory that can be taken without swapping: what the machine and, in a container, the control group leave."""
+    limits = [int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2)]
+    machine = _fields(Path("/proc/meminfo")).get("MemAvailable:")
+    if machine is not None:
+        limits = [machine * 1024]
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        reclaimable = _fields(group / "memory.stat").get("inactive_file", 0)
+        limits.append(max(0, limit - used + reclaimable))
+    return min(limits)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines of "name number …"; empty if there is no such file."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        words = [line.split() for line in path.read_text().splitlines()]
     except OSError:
-        pass
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2)
+        return {}
+    return {w[0]: int(w[1]) for w in words if len(w) > 1 and w[1].isdigit()}
 
 
 def default_kv_bytes() -> int:
@@ -213,13 +231,24 @@ def default_kv_bytes() -> int:
 
 
 class StepLog:
-    """One JSON line per step, appended to a file as the steps happen."""
+    """One JSON line per step, appended to a file as the steps happen. A log that cannot be written any more is
+    given up with one warning: the requests matter more."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        try:
+            # open for as long as the engine lives
+            self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(f"the step log {os.fspath(path)} cannot be written: {error.strerror}") from error
 
     def __call__(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        try:
+            if not self._file.closed:
+                self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            print(f"warning: the step log ends here: {error.strerror}", file=sys.stderr)
+            self.close()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()

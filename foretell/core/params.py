@@ -63,10 +63,14 @@ class SamplingParams:
     eos_token_ids: Sequence[int] = ()  # the model's; the API layer fills it in
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if isinstance(self.bad_words, str):
-            object.__setattr__(self, "bad_words", (self.bad_words,))
+        for name in ("stop", "bad_words"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        for name in ("stop", "bad_words", "stop_token_ids", "bad_token_ids", "eos_token_ids"):
+            if getattr(self, name) is None:  # as other clients spell "none of these"
+                object.__setattr__(self, name, ())
+        if self.logit_bias is None:
+            object.__setattr__(self, "logit_bias", {})
         self._check_numbers()
         self._check_lists()
 
@@ -111,7 +115,12 @@ class SamplingParams:
             _check(_is_finite(bias) and abs(bias) <= 100, f"logit_bias values lie in [-100, 100], got {bias!r}")
         if self.allowed_token_ids is not None:
             _check(len(self.allowed_token_ids) > 0, "allowed_token_ids is empty: no token could be sampled")
-        for token_id in (*self.stop_token_ids, *(self.allowed_token_ids or ())):
+        _check(all(len(word) > 0 for word in self.bad_token_ids), "bad_token_ids holds an empty word")
+        for token_id in (
+            *self.stop_token_ids,
+            *(i for word in self.bad_token_ids for i in word),
+            *(self.allowed_token_ids or ()),
+        ):
             _check(_is_int(token_id) and token_id >= 0, f"token ids are whole numbers ≥ 0, got {token_id!r}")
 
     @property

@@ -335,3 +335,14 @@ def test_dummy_weights_run_from_a_bare_config(tmp_path: Path) -> None:
     assert sum(r["tokens"] for r in records) == 5 + 2 * 3
     assert {c["phase"] for r in records for c in r["chunks"]} == {"prefill", "decode"}
     assert all(r["finished"] >= r["started"] for r in records)
+
+
+def test_a_step_log_that_cannot_be_written_is_named_before_loading(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="step log .* cannot be written"):
+        LLM(str(models.prepare("glassllm")), step_log=tmp_path / "missing" / "log.jsonl")
+
+
+def test_a_step_log_on_a_full_disk_ends_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    with LLM(str(models.prepare("glassllm")), dtype="float32", step_log="/dev/full") as llm:
+        assert len(llm.generate([1, 2], SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].token_ids) == 3
+    assert "step log ends here" in capsys.readouterr().err
