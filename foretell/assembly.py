@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -154,9 +153,6 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
         on_event=on_event,
         on_step=step_log,
     )
-    # What has been loaded lives as long as the engine: collections need not walk it in the middle of a step.
-    gc.collect()
-    gc.freeze()
     phases.done("kv cache")
     return Assembly(
         options=options,

@@ -52,6 +52,7 @@ class LocalExecutor:
 
     def close(self) -> None:
         self._queue.clear()
+        self.runner.release()
 
 
 def _reason(error: Exception) -> str:

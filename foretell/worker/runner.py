@@ -35,6 +35,12 @@ class ModelRunner:
         self._torch_threads = torch_threads
         self.parts: dict[str, float] = {}  # seconds of the last batch by component
 
+    def release(self) -> None:
+        """Let go of weights and KV cache; nothing can be executed any more."""
+        self.kv.clear()
+        self.states.clear()
+        del self.model
+
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[ChunkResult]:
         """Compute the batch; results for chunks that sample, or failed, in batch order."""

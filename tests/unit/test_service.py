@@ -27,6 +27,8 @@ class Runner:
         self.parts: dict[str, float] = {}
         self._virtual = VirtualExecutor(LinearCost(), (1,))
 
+    def release(self) -> None: ...
+
     def execute(self, batch: Batch) -> Any:
         self._virtual.submit(batch)
         result = self._virtual.wait(None)

@@ -110,7 +110,9 @@ def test_a_template_may_refuse_messages() -> None:
         template.render(TALK)
 
 
-@pytest.mark.parametrize("messages", [[], "hi", [{}], [{"content": "x"}], [{"role": 3}], ["x"], None, {"role": "user"}])
+@pytest.mark.parametrize(
+    "messages", [[], "hi", [{}], [{"content": "x"}], [{"role": 3}], ["x"], None, {"role": "user"}]
+)
 def test_what_are_no_messages(messages: Any) -> None:
     with pytest.raises(InvalidRequestError):
         ChatTemplate("x", {}).render(messages)
@@ -122,7 +124,9 @@ def test_contents_a_template_cannot_take(content: Any) -> None:
         ChatTemplate("{{ 'a' + messages[0].content }}", {}).render([{"role": "user", "content": content}])
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{", "{% include 'x", "{{ x | nofilter }}", "(" * 9 + "{{" + "(" * 5000])
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{{", "{% include 'x", "{{ x | nofilter }}", "(" * 9 + "{{" + "(" * 5000]
+)
 def test_what_is_no_template(source: str) -> None:
     with pytest.raises(ModelFormatError, match="no valid Jinja"):
         ChatTemplate(source, {}).render(TALK)
@@ -210,7 +214,9 @@ def test_private_attributes_are_undefined() -> None:
 
 
 def test_one_hostile_message_does_not_spoil_the_next() -> None:
-    template = ChatTemplate("{% for i in range(messages[0].n) %}{% for j in range(99999) %}{% endfor %}{% endfor %}ok", {})
+    template = ChatTemplate(
+        "{% for i in range(messages[0].n) %}{% for j in range(99999) %}{% endfor %}{% endfor %}ok", {}
+    )
     with pytest.raises(InvalidRequestError):
         template.render([{"role": "user", "n": 9999}])
     assert template.render([{"role": "user", "n": 1}]) == "ok"
