@@ -49,7 +49,9 @@ def main() -> None:
         "update_ms": statistics.median(updated) * 1e3,
     }
     milliseconds["total_ms"] = sum(milliseconds.values())
-    milliseconds["p99_ms"] = sorted(a + b for a, b in zip(scheduled, updated))[int(0.99 * args.steps)] * 1e3
+    milliseconds["p99_ms"] = (
+        sorted(a + b for a, b in zip(scheduled, updated, strict=False))[int(0.99 * args.steps)] * 1e3
+    )
     print(f"{args.requests} decoding requests, medians of {args.steps} steps (bar: 1 ms in all)")
     for name, value in milliseconds.items():
         print(f"  {name:12} {value:.3f}")

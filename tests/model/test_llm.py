@@ -338,7 +338,7 @@ def test_dummy_weights_run_from_a_bare_config(tmp_path: Path) -> None:
 
 
 def test_a_step_log_that_cannot_be_written_is_named_before_loading(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="step log .* cannot be written"):
+    with pytest.raises(ConfigError, match=r"step log .* cannot be written"):
         LLM(str(models.prepare("glassllm")), step_log=tmp_path / "missing" / "log.jsonl")
 
 

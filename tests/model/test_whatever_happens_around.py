@@ -18,7 +18,6 @@ from foretell.executor.local import LocalExecutor
 from foretell.executor.replay import ReplayExecutor, replay
 from foretell.worker.kv import allocate
 from foretell.worker.runner import ModelRunner
-from tests.model import models
 from tests.model.loading import load
 from tests.unit.test_scheduler_invariants import trace_of
 
