@@ -78,7 +78,8 @@ class Assembly:
     spec: ModelSpec
     tokenizer: Tokenizer | None
     engine: Engine
-    dtype: str
+    dtype: str  # of the KV cache, and of the weights unless they stay as shipped
+    weight_format: str
     kv_bytes: int
     kv_bytes_per_token: int
     kv_element_bytes: int
@@ -161,6 +162,7 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
         tokenizer=tokenizer,
         engine=engine,
         dtype=str(dtype).removeprefix("torch."),
+        weight_format=model.weight_format,
         kv_bytes=sum(n * size for n, size in zip(num_blocks, sizes, strict=True)),
         kv_bytes_per_token=spec.kv_bytes_per_token(dtype.itemsize),
         kv_element_bytes=dtype.itemsize,

@@ -32,6 +32,7 @@ def as_dict(llm: LLM, result: RequestOutput) -> dict[str, Any]:
     return {
         "model": assembly.files.reference,
         "dtype": assembly.dtype,
+        "weight_format": assembly.weight_format,
         "kernels": assembly.kernels,
         "prompt_token_ids": result.prompt_token_ids,
         "token_ids": completion.token_ids,
@@ -86,9 +87,9 @@ def print_summary(llm: LLM, result: RequestOutput) -> None:
     logprobs = result.outputs[0].logprobs
     if logprobs:
         console.print(_logprob_table(llm, logprobs))
-    console.rule(
-        f"[dim]{llm.assembly.files.name} · {llm.assembly.dtype} · {llm.assembly.kernels} kernels[/dim]", style="dim"
-    )
+    assembly = llm.assembly
+    kept = f"{assembly.weight_format} weights, {assembly.dtype} cache"
+    console.rule(f"[dim]{assembly.files.name} · {kept} · {assembly.kernels} kernels[/dim]", style="dim")
     console.print(_table(llm, result))
 
 

@@ -54,6 +54,7 @@ class Builder:
         self.progress = progress
         self.keep_quantised = keep_quantised
         self.loaded = self.weight_bytes = 0
+        self.packed_types: set[str] = set()  # quantised formats that stay as they were shipped
         self.lock = Lock()
         self.total = sum(prod(shape) for name, shape in self.shapes.items() if self._holds(name))
 
@@ -71,7 +72,14 @@ class Builder:
             final_norm=self.norm("final_norm") if layers.stop == spec.num_layers else None,
             first_layer=layers.start,
             weight_bytes=self.weight_bytes,
+            weight_format=self.weight_format(),
         )
+
+    def weight_format(self) -> str:
+        """How the linear layers' weights are kept, for people."""
+        if self.packed_types:
+            return f"{'+'.join(sorted(self.packed_types))} as shipped"
+        return str(self.dtype).removeprefix("torch.")
 
     def ends(self) -> tuple[Embedding | None, Head | None]:
         """What this stage has of embedding and head; tied ones are read once."""
@@ -160,6 +168,7 @@ class Builder:
         linear = self.kernels.pack_quantised(rows.raw, rows.quant_type, bias)
         if linear is None:
             return None
+        self.packed_types.add(rows.quant_type)
         self.report(prod(rows.shape))
         return self.counted(linear)
 

@@ -61,6 +61,7 @@ class Transformer:
     head: Head | None
     first_layer: int = 0
     weight_bytes: int = 0  # memory of linear layers and embeddings
+    weight_format: str = ""  # how the linear layers' weights are kept, for people
     rope: RotaryTable | None = field(init=False)
     local_rope: RotaryTable | None = field(init=False)
 
