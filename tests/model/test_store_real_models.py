@@ -188,8 +188,9 @@ def test_encoding_equals_the_definition(name: str, text: str) -> None:
     assert tokenizer(name).decode(ids, skip_special_tokens=False) == comes_back(name, text)
 
 
+# Unassigned characters are left out: libraries know different versions of Unicode, and what a letter is.
 alphabet = st.one_of(
-    st.characters(exclude_categories=["Cs"]), st.sampled_from(list("  \n\t▁'<>|0123456789aeiouéß中🙂")),
+    st.characters(exclude_categories=["Cs", "Cn"]), st.sampled_from(list("  \n\t▁'<>|0123456789aeiouéß中🙂")),
     st.sampled_from(["the ", " and", "<|im_end|>", "<end_of_turn>", "'s", "    ", "\r\n", "<td>", "http"]),
 )  # fmt: skip
 
