@@ -10,8 +10,9 @@ from foretell.benchmark.simulate import VirtualRun, simulate
 from foretell.benchmark.steps import between_steps
 from foretell.config import ModelSpec, PolicyName, SchedulerConfig
 from foretell.core.params import SamplingParams
-from foretell.cost import FloorCost, Hardware, measure_hardware
+from foretell.cost import FloorCost, Hardware, WeightBytes, measure_hardware
 from foretell.errors import ConfigError
+from foretell.executor.local import LocalExecutor
 from foretell.trace.workloads import Workload
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Subject:
     config: SchedulerConfig
     num_blocks: tuple[int, ...]
     hardware: Hardware
+    weights: WeightBytes
+    weight_format: str
 
     def floor(
         self, workload: Workload, *, max_output_tokens: int | None = None, policy: PolicyName | None = None
@@ -43,7 +46,7 @@ class Subject:
             config,
             self.num_blocks,
             [group.window for group in self.spec.kv_groups],
-            FloorCost(self.spec, self.hardware, self.dtype),
+            FloorCost(self.spec, self.hardware, self.dtype, self.weights),
             max_output_tokens=max_output_tokens,
         )
 
@@ -70,7 +73,22 @@ def subject_of(llm: LLM, *, again: bool = False) -> Subject:
         replace(scheduler.config, max_model_len=assembly.max_model_len),
         assembly.engine.executor.num_blocks,
         measured[0],
+        kept_weights(llm),
+        assembly.weight_format,
     )
+
+
+def kept_weights(llm: LLM) -> WeightBytes:
+    """What a step reads of the weights as this engine keeps them, quantised or not."""
+    executor = llm.assembly.engine.executor
+    if not isinstance(executor, LocalExecutor):
+        return WeightBytes.in_dtype(llm.spec, llm.assembly.dtype)
+    model = executor.runner.model
+    assert model.embedding is not None, "one process holds the whole model"
+    assert model.head is not None, "one process holds the whole model"
+    table, head = model.embedding.tokens.nbytes, model.head.linear.nbytes
+    positions = 0 if model.embedding.positions is None else model.embedding.positions.nbytes
+    return WeightBytes(model.weight_bytes - table - positions - head, head, table / llm.spec.vocab_size)
 
 
 def subject_after(llm: LLM, before: Subject, say: Callable[[str], None]) -> Subject:
@@ -98,7 +116,10 @@ def virtual_subject(options: EngineOptions) -> Subject:
     config = scheduler_config(options, options.max_model_len or spec.max_position_embeddings)
     kv_bytes = options.kv_cache_bytes or default_kv_bytes()
     num_blocks = plan_blocks(spec, config, kv_bytes, dtype.itemsize)
-    return Subject(files.name, spec, str(dtype).removeprefix("torch."), config, num_blocks, measure_hardware())
+    name = str(dtype).removeprefix("torch.")
+    return Subject(
+        files.name, spec, name, config, num_blocks, measure_hardware(), WeightBytes.in_dtype(spec, name), name
+    )
 
 
 def greedy_params(workload: Workload, max_output_tokens: int | None = None) -> list[SamplingParams]:
@@ -123,6 +144,8 @@ def describe(subject: Subject, workload: Workload, kernels: str) -> dict[str, An
     return {
         "model": subject.name,
         "dtype": subject.dtype,
+        "weight_format": subject.weight_format,
+        "weight_bytes_read_per_step": subject.weights.layers + subject.weights.head,
         "kernels": kernels,
         "hardware": subject.hardware.as_dict(),
         "workload": workload.name,
@@ -141,8 +164,8 @@ def describe(subject: Subject, workload: Workload, kernels: str) -> dict[str, An
 
 def heading(subject: Subject, workload: Workload, kernels: str, say: Callable[[str], None]) -> None:
     say(
-        f"{subject.name}, {subject.dtype}, {kernels} kernels, policy {subject.config.policy}, "
-        f"prefix cache {'on' if subject.config.enable_prefix_caching else 'off'}"
+        f"{subject.name}, {subject.weight_format} weights, {subject.dtype} cache, {kernels} kernels, "
+        f"policy {subject.config.policy}, prefix cache {'on' if subject.config.enable_prefix_caching else 'off'}"
     )
     say(f"machine: {subject.hardware}")
     say(

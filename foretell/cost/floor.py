@@ -57,17 +57,31 @@ class StepWork:
         return self.linear_flops + self.attention_flops
 
 
+@dataclass(frozen=True, slots=True)
+class WeightBytes:
+    """Bytes of the weights as they are kept: all layers and the final norm, the head, one embedding row."""
+
+    layers: float
+    head: float
+    embedding_row: float
+
+    @classmethod
+    def in_dtype(cls, spec: ModelSpec, dtype: str) -> WeightBytes:
+        """All of them in one dtype."""
+        counts, element = count_parameters(spec), BYTES_PER_ELEMENT[dtype]
+        layers = counts.per_layer * counts.num_layers + counts.final_norm
+        return cls(layers * element, spec.vocab_size * spec.hidden_size * element, spec.hidden_size * element)
+
+
 class FloorCost:
     """Seconds at least, of a batch on this hardware: callable, so that a virtual executor can take it."""
 
-    def __init__(self, spec: ModelSpec, hardware: Hardware, dtype: str, *, weight_bytes_per_parameter: float = 0):
-        """``dtype``: of the KV cache and, unless ``weight_bytes_per_parameter`` says otherwise, the weights."""
+    def __init__(self, spec: ModelSpec, hardware: Hardware, dtype: str, weights: WeightBytes | None = None) -> None:
+        """``dtype``: of the KV cache and, unless ``weights`` says otherwise, the weights."""
         element = BYTES_PER_ELEMENT[dtype]
         counts = count_parameters(spec)
         self.head_parameters = spec.vocab_size * spec.hidden_size
-        self.layer_parameters = counts.per_layer * counts.num_layers + counts.final_norm
-        self.bytes_per_parameter = weight_bytes_per_parameter or element
-        self.row_bytes = spec.hidden_size * self.bytes_per_parameter
+        self.weights = weights or WeightBytes.in_dtype(spec, dtype)
         self.matrix_parameters = counts.num_layers * sum(counts.layer.get(part, 0) for part in MATRICES)
         kv_bytes_per_token_layer = 2 * spec.num_kv_heads * spec.head_dim * element
         flops_per_pair_layer = 4 * spec.num_heads * spec.head_dim  # Q·K and the weighting of V, 2 each
@@ -97,9 +111,9 @@ class FloorCost:
                 past = chunk.start if window is None else min(chunk.start, window - 1)
                 kv_bytes += (past + chunk.length) * bytes_per_token
                 attention_flops += visible_pairs(chunk.start, chunk.length, window) * flops_per_pair
-        weights = self.layer_parameters + (self.head_parameters if num_sampled else 0)
+        weights = self.weights
         return StepWork(
-            weight_bytes=weights * self.bytes_per_parameter + num_tokens * self.row_bytes,
+            weight_bytes=weights.layers + (weights.head if num_sampled else 0) + num_tokens * weights.embedding_row,
             kv_bytes=kv_bytes,
             linear_flops=2.0 * (self.matrix_parameters * num_tokens + self.head_parameters * num_sampled),
             attention_flops=attention_flops,

@@ -60,6 +60,8 @@ def test_offline_prints_theory_measurement_and_one_json_line(model, tmp_path):
     assert sum(p["tokens"] for p in result["phases"].values()) == result["prompt_tokens"] + 12 - 3
     assert 0 < result["floor_wall_seconds"] < result["wall_seconds"]
     assert result["cached_prompt_tokens"] == 0
+    linear = 2 * (3 * 32 * 32 + 3 * 32 * 64) + 300 * 32
+    assert result["weight_bytes_read_per_step"] == 4 * linear  # the reference kernels widen to float32
 
 
 def test_the_floor_moves_when_the_machine_turns_out_faster(model, monkeypatch):

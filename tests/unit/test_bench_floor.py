@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from foretell.benchmark.setup import Subject
 from foretell.config import ModelSpec, SchedulerConfig
-from foretell.cost import ChunkShape, FloorCost, Hardware
+from foretell.cost import ChunkShape, FloorCost, Hardware, WeightBytes
 from foretell.cost.floor import visible_pairs
 from foretell.model.parameters import weight_shapes
 from foretell.trace import Objectives, summarize
@@ -70,6 +70,17 @@ def test_seconds_are_the_larger_of_reading_and_computing():
     assert reading.seconds(work) == work.bytes / 1e9
     computing = FloorCost(SPEC, replace(HARDWARE, read_bytes_per_second=1e30), "bfloat16")
     assert computing.seconds(work) == work.flops / 4e9
+
+
+def test_weights_count_as_they_are_kept():
+    kept = WeightBytes(layers=1000.0, head=100.0, embedding_row=10.0)
+    cost = FloorCost(SPEC, HARDWARE, "bfloat16", kept)
+    assert cost.work([ChunkShape(0, 3)]).weight_bytes == 1130
+    assert cost.work([ChunkShape(0, 3, sample=False)]).weight_bytes == 1030
+    assert (
+        cost.work([ChunkShape(0, 3)]).kv_bytes
+        == FloorCost(SPEC, HARDWARE, "bfloat16").work([ChunkShape(0, 3)]).kv_bytes
+    )
 
 
 def test_narrow_weights_are_never_slower_than_widened_ones():
@@ -132,7 +143,9 @@ def shape(model):
 def subject(**changes):
     config = SchedulerConfig(**{"max_num_seqs": 8, "max_model_len": 512, "enable_prefix_caching": False, **changes})
     spec = replace(SPEC, windows=(None, None, None))
-    return Subject("tiny", spec, "float32", config, (400,), HARDWARE)
+    return Subject(
+        "tiny", spec, "float32", config, (400,), HARDWARE, WeightBytes.in_dtype(spec, "float32"), "float32"
+    )
 
 
 def test_floor_of_a_decode_workload_is_the_sum_of_its_steps():
