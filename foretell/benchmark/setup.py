@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from foretell.benchmark.simulate import VirtualRun, simulate
-from foretell.benchmark.steps import between_steps
 from foretell.config import ModelSpec, PolicyName, SchedulerConfig
 from foretell.core.params import SamplingParams
 from foretell.cost import FloorCost, Hardware, WeightBytes, measure_hardware
@@ -61,18 +60,15 @@ class Subject:
 
 
 def subject_of(llm: LLM, *, again: bool = False) -> Subject:
-    """Measures the machine (about a second) the first time: in the engine's thread, because a second thread
-    that multiplies matrices gets OpenMP threads of its own, and from then on both wait for theirs the slow way."""
+    """Measures the machine (about a second) the first time, and once more if ``again``."""
     assembly, scheduler = llm.assembly, llm.assembly.engine.scheduler
-    measured: list[Hardware] = []
-    between_steps(llm, lambda engine: measured.append(measure_hardware(again=again)))
     return Subject(
         assembly.files.name,
         llm.spec,
         assembly.dtype,
         replace(scheduler.config, max_model_len=assembly.max_model_len),
         assembly.engine.executor.num_blocks,
-        measured[0],
+        measure_hardware(again=again),
         kept_weights(llm),
         assembly.weight_format,
     )
