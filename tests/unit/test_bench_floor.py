@@ -21,7 +21,7 @@ SPEC = ModelSpec(
     vocab_size=100, max_position_embeddings=4096, windows=(None, 8, None), tied_embeddings=True,
 )  # fmt: skip
 HARDWARE = Hardware(1, 1e9, {"float32": 1e9, "bfloat16": 4e9})
-SHAPES = Path("/work/shared/shapes")
+SHAPES = Path(__file__).resolve().parents[3] / "shared" / "shapes"
 CHUNKS = st.lists(
     st.builds(ChunkShape, st.integers(0, 50), st.integers(1, 50), st.booleans()), min_size=1, max_size=5
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from foretell.errors import ConfigError, ForetellError
 from foretell.trace import TraceFormatError, TraceRequest, Workload, read_trace
 
-TRACES = Path("/work/shared/traces")
+TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
 

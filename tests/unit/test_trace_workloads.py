@@ -14,7 +14,7 @@ from foretell.errors import ConfigError
 from foretell.trace import Lengths, TraceRequest, Workload, arrival_times, named_workload
 from foretell.trace.workloads import NAMED, random_workload
 
-SHARED = Path("/work/shared/workloads.py")
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "workloads.py"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the measured workloads are not on this machine")
