@@ -27,3 +27,19 @@ class InvalidRequestError(ForetellError, ValueError):
 
 class ConfigError(ForetellError, ValueError):
     """An engine option is impossible or contradicts another."""
+
+
+class OverloadedError(ForetellError):
+    """The queue is full: come back after ``retry_after_seconds`` (HTTP 429)."""
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class UnavailableError(ForetellError):
+    """The engine is starting, draining or was lost while it worked on this request (HTTP 503)."""
+
+
+class DeadlineError(ForetellError):
+    """A request was not finished by its deadline (HTTP 504)."""

@@ -10,7 +10,20 @@ from pathlib import Path
 import foretell
 
 PACKAGE = Path(foretell.__file__).parent
-HEAVY = ("torch", "transformers", "tokenizers", "gguf", "safetensors", "huggingface_hub", "rich", "typer", "jinja2")
+HEAVY = (
+    "fastapi",
+    "msgspec",
+    "llguidance",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "gguf",
+    "safetensors",
+    "huggingface_hub",
+    "rich",
+    "typer",
+    "jinja2",
+)
 
 
 def loaded_by(statement: str) -> set[str]:
