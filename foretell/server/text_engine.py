@@ -43,7 +43,7 @@ class TextEngine(Protocol):
         priority: int = 0,
         timeout_seconds: float | None = None,
     ) -> AsyncIterator[Update]:
-        """Updates as they come, for all ``params.n`` outputs; leaving the iterator aborts the request within one step.
+        """Updates as they come, for all ``params.n`` outputs; leaving the iterator aborts within one step.
 
         Token ids are taken as they are; text is tokenised. Raises, before or between updates: InvalidRequestError,
         OverloadedError, UnavailableError (also when the engine dies), DeadlineError. A failure inside the engine that
