@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Protocol
 
@@ -20,12 +20,15 @@ from foretell.model.parameters import weight_shapes
 from foretell.store.gguf_rows import QuantisedRows, quantised_rows
 from foretell.store.tensors import TensorSource
 
+Take = Callable[[Tensor], Tensor]
+
 
 class Weights(Protocol):
     """What the builder reads from. A shard of the model is a Weights around a Weights."""
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The weight of this canonical name, for the caller to copy or keep, not to write to."""
+    def read(self, name: str, dtype: torch.dtype, take: Take | None = None) -> Tensor:
+        """The weight of this canonical name, for the caller to copy or keep, not to write to. ``take`` picks a part
+        of it (a view): nothing else is read where the file allows."""
         ...
 
     def blocks(self, name: str) -> QuantisedRows | None:
@@ -53,13 +56,27 @@ class FileWeights:
         # A fused tensor is asked for part by part, one after the other: each thread keeps the last one it read.
         self._kept = _Kept()
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype, take: Take | None = None) -> Tensor:
         place = self.sources[name]
+        if take is not None:
+            return self._read_part(name, place, dtype, take)
         tensor = self._read_raw(place, dtype)
         if place.transform is not None:
             tensor = place.transform(tensor)
         assert tuple(tensor.shape) == self.shapes[name], f"{name}: the transform gave {tuple(tensor.shape)}"
         return tensor
+
+    def _read_part(self, name: str, place: Source, dtype: torch.dtype, take: Take) -> Tensor:
+        """Of a memory-mapped tensor only the part's pages are touched, unless a transform moves data about."""
+        tensor = self.source.view(place.name)
+        if tensor is None:
+            tensor = self.source.read(place.name, dtype)
+        if place.transform is not None:
+            tensor = place.transform(tensor)
+        part = take(tensor).to(dtype)
+        if not torch.isfinite(part.sum(dtype=torch.float32)):
+            raise not_finite(place.name)
+        return part
 
     def blocks(self, name: str) -> QuantisedRows | None:
         place = self.sources[name]
@@ -140,7 +157,11 @@ class DummyWeights:
     def blocks(self, name: str) -> QuantisedRows | None:
         return None
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype, take: Take | None = None) -> Tensor:
+        whole = self._whole(name, dtype)
+        return whole if take is None else take(whole)
+
+    def _whole(self, name: str, dtype: torch.dtype) -> Tensor:
         shape = self.shapes[name]
         if name.endswith(".bias"):
             return torch.zeros(shape, dtype=dtype)

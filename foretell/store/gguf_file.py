@@ -55,19 +55,28 @@ class GGUFSource:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor in ``dtype``; memory-mapped when it is stored so, otherwise fresh."""
+        stored = self.view(name)
+        if stored is not None:
+            return stored.to(dtype)
+        from foretell.store.gguf_dequant import dequantise
+
+        tensor = self._tensors[name]
+        block, block_bytes = _BLOCKS[tensor.quant_type]
+        data = self._bytes(tensor).view(-1, block_bytes)
+        return dequantise(data, tensor.quant_type, block, dtype).view(tensor.shape)
+
+    def view(self, name: str) -> Tensor | None:
+        """The tensor as it is stored, memory-mapped; None where it is quantised."""
         import torch
 
         tensor = self._tensors[name]
         stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.quant_type)
+        if stored is None:
+            return None
         data = self._bytes(tensor)
-        if stored is not None:
-            if tensor.offset % stored.itemsize:  # general.alignment may be 1; torch views may not
-                data = data.clone()
-            return data.view(stored).view(tensor.shape).to(dtype)
-        from foretell.store.gguf_dequant import dequantise
-
-        block, block_bytes = _BLOCKS[tensor.quant_type]
-        return dequantise(data.view(-1, block_bytes), tensor.quant_type, block, dtype).view(tensor.shape)
+        if tensor.offset % stored.itemsize:  # general.alignment may be 1; torch views may not
+            data = data.clone()
+        return data.view(stored).view(tensor.shape)
 
     def _bytes(self, tensor: GGUFTensor) -> Tensor:
         return self._map()[tensor.offset : tensor.offset + tensor.nbytes]

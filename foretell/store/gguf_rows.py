@@ -66,6 +66,11 @@ class QuantisedRows:
         return all(bool(h.isfinite().all()) for h in halves)
 
 
+def block_width(quant_type: str) -> tuple[int, int]:
+    """Weights in a block of this type, and its bytes."""
+    return _BLOCKS[quant_type]
+
+
 def stacked(parts: list[QuantisedRows]) -> QuantisedRows | None:
     """All the rows below each other; None where their types have no common one."""
     types = {part.quant_type for part in parts}

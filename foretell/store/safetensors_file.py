@@ -78,9 +78,12 @@ class SafetensorsSource:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor in ``dtype``: memory-mapped when it is stored so, otherwise fresh."""
-        entry = self._entries[name]
-        tensor: Tensor = self._handle(entry.file).get_tensor(name)
-        return tensor.to(dtype)
+        return self.view(name).to(dtype)
+
+    def view(self, name: str) -> Tensor:
+        """The tensor as it is stored, memory-mapped."""
+        tensor: Tensor = self._handle(self._entries[name].file).get_tensor(name)
+        return tensor
 
     def _handle(self, file: Path) -> Any:
         handle = self._open.get(file)

@@ -25,3 +25,7 @@ class TensorSource(Protocol):
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor, dequantised if need be, as a fresh or memory-mapped tensor of this dtype."""
         ...
+
+    def view(self, name: str) -> Tensor | None:
+        """The tensor memory-mapped, in whatever float dtype it is stored; None where it must be dequantised."""
+        ...

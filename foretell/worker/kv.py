@@ -56,13 +56,15 @@ def _bounds(window: int | None, config: SchedulerConfig) -> tuple[int, int]:
     return max(least, config.max_num_seqs * per_sequence + step), least
 
 
-def allocate(spec: ModelSpec, num_blocks: tuple[int, ...], block_size: int, dtype: torch.dtype) -> list[KVLayer]:
-    """Zeroed K and V [num_blocks, num_kv_heads, block_size, head_dim] for each layer. Pages are mapped when
-    first written (calloc), so a generous cache costs nothing until it is used."""
+def allocate(
+    spec: ModelSpec, num_blocks: tuple[int, ...], block_size: int, dtype: torch.dtype, only: range | None = None
+) -> list[KVLayer]:
+    """Zeroed K and V [num_blocks, num_kv_heads, block_size, head_dim] for each layer, or for those of
+    a pipeline stage (``only``). Pages are mapped when first written (calloc): a generous cache costs nothing yet."""
     layers: list[KVLayer | None] = [None] * spec.num_layers
     for index, group in enumerate(spec.kv_groups):
         shape = (num_blocks[index], spec.num_kv_heads, block_size, spec.head_dim)
-        for layer in group.layers:
+        for layer in (layer for layer in group.layers if only is None or layer in only):
             layers[layer] = KVLayer(_lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype), index)
     return [layer for layer in layers if layer is not None]
 

@@ -45,13 +45,7 @@ class ModelRunner:
     def execute(self, batch: Batch) -> list[ChunkResult]:
         """Compute the batch; results for chunks that sample, or failed, in batch order."""
         started = time.perf_counter()
-        if self._torch_threads is not None:  # a setting of the calling thread
-            torch.set_num_threads(self._torch_threads)
-            self._torch_threads = None
-        for request_id in batch.removed:
-            self.states.pop(request_id, None)
-        for added in batch.added:
-            self.states[added.request_id] = RequestState(added, self.num_groups)
+        self._take_in(batch)
         token_ids, context = self._inputs(batch.chunks)
         prepared = time.perf_counter()
         hidden = self.model.forward(token_ids, context, self.kv)
@@ -63,6 +57,16 @@ class ModelRunner:
             "sample": time.perf_counter() - forwarded,
         }
         return results
+
+    def _take_in(self, batch: Batch) -> None:
+        """Requests that come and go with this batch."""
+        if self._torch_threads is not None:  # a setting of the calling thread
+            torch.set_num_threads(self._torch_threads)
+            self._torch_threads = None
+        for request_id in batch.removed:
+            self.states.pop(request_id, None)
+        for added in batch.added:
+            self.states[added.request_id] = RequestState(added, self.num_groups)
 
     def _inputs(self, chunks: list[Chunk]) -> tuple[torch.Tensor, BatchContext]:
         """Token ids [M] and the batch's context."""

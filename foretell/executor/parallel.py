@@ -1,0 +1,247 @@
+"""The parallel executor: the same brain, its batches computed by tp × pp processes that share the model.
+
+One driver (this process) sends every batch to every rank as plain data. With pp stages, pp batches are in flight
+(``depth``): stage 1 works on the first while stage 0 works on the second. A rank that dies or hangs is named, all
+others are ended, and ``wait`` raises ``RankError``: the engine stops, and a server starts a new one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from foretell.core.messages import Batch, Result
+from foretell.errors import ForetellError
+from foretell.parallel.layout import Layout
+from foretell.parallel.messages import Beat, Channel, Done, Failed, Ready, Setup, Step, Stop, ToDriver
+
+SILENT_SECONDS = 5.0  # a rank beats twice a second; silent so long, it is stopped or its machine is gone
+SLOWEST_STEP_SECONDS = 120.0  # no step may take longer, nor 10 × the longest of its size so far if that is more
+LOAD_SECONDS = 1800.0
+GRACE_SECONDS = 0.5  # after the first sign of trouble: the cause is who was killed, not who complained first
+
+
+class RankError(ForetellError):
+    """A rank died or hangs; the message names it, its phase and the reason."""
+
+
+@dataclass(slots=True)
+class Rank:
+    """What the driver knows of one rank."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    phase: str = "starting"
+    heard: float = field(default_factory=time.monotonic)
+    ready: Ready | None = None
+    lost: str = ""  # why, once it is
+
+
+class ParallelExecutor:
+    """Starts the ranks, which load at once. ``chain`` is 0: a sampled token travels with the next batch."""
+
+    chain = 0
+
+    def __init__(
+        self,
+        layout: Layout,
+        setup: Callable[[int, str], Setup],
+        num_blocks: tuple[int, ...],
+        *,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """``setup(rank, store_url)``: what that rank is told first."""
+        self.layout, self.num_blocks, self.depth = layout, num_blocks, layout.pp
+        self._results: deque[Result] = deque()
+        self._sent: dict[int, tuple[float, int]] = {}  # batches in flight: when they were sent, their tokens
+        self._tokens: dict[int, list[int]] = {}  # by request: sampled and not yet sent to the ranks that did not
+        self._slowest = 0.0
+        self._wake_in, self._wake_out = os.pipe()
+        os.set_blocking(self._wake_in, False)
+        os.set_blocking(self._wake_out, False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_in, selectors.EVENT_READ, None)
+        self._folder = Path(tempfile.mkdtemp(prefix="foretell-ranks-"))
+        self.ranks: list[Rank] = []
+        self._closed = False
+        try:
+            for rank in range(layout.num_ranks):
+                self._start(rank, setup(rank, f"file://{self._folder}/store"))
+            self._load(progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, number: int, setup: Setup) -> None:
+        ours, theirs = socket.socketpair()
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+        command = [sys.executable, "-m", "foretell.parallel.rank", str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+        theirs.close()
+        rank = Rank(str(self.layout.place(number)), process, Channel(ours, ToDriver))
+        self.ranks.append(rank)
+        self._selector.register(ours, selectors.EVENT_READ, rank)
+        rank.channel.send(setup)
+
+    def _load(self, progress: Callable[[str], None] | None) -> None:
+        until = time.monotonic() + LOAD_SECONDS
+        while waiting := [rank for rank in self.ranks if rank.ready is None]:
+            if time.monotonic() > until:
+                self._fail(f"{waiting[0].name} has not loaded within {LOAD_SECONDS:.0f} s: {waiting[0].phase}")
+            if progress is not None:
+                progress(f"{waiting[0].name}: {waiting[0].phase}")
+            self._poll(1.0)
+
+    # -- the executor's interface -------------------------------------------------------------------
+
+    @property
+    def now(self) -> float:
+        return time.monotonic()
+
+    def submit(self, batch: Batch) -> None:
+        for request_id in batch.removed:
+            self._tokens.pop(request_id, None)
+        for added in batch.added:  # it brings its tokens along
+            self._tokens.pop(added.request_id, None)
+        tokens = {c.request_id: self._tokens.pop(c.request_id) for c in batch.chunks if c.request_id in self._tokens}
+        self._sent[batch.id] = (self.now, batch.num_tokens)
+        step = Step(batch, tokens)
+        for rank in self.ranks:
+            with suppress(OSError):  # it is gone: the next look at it says so
+                rank.channel.send(step)
+
+    def wait(self, until: float | None) -> Result | None:
+        """RankError once a rank is lost, also while nothing is in flight."""
+        while not self._results:
+            limit = math.inf if until is None else until
+            if limit <= self.now:
+                return None
+            woken = self._poll(min(1.0, limit - self.now))
+            if not self._results and woken and not (until is None and self._sent):
+                return None
+        return self._results.popleft()
+
+    def wake(self) -> None:
+        with suppress(OSError):  # full: it is awake; closed: there is nobody
+            os.write(self._wake_out, b"w")
+
+    def close(self) -> None:
+        """End all ranks. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for rank in self.ranks:
+            with suppress(OSError):
+                rank.channel.send(Stop())
+        deadline = time.monotonic() + 2.0
+        for rank in self.ranks:
+            with suppress(subprocess.TimeoutExpired):
+                rank.process.wait(max(0.0, deadline - time.monotonic()))
+        self._kill()
+        self._selector.close()
+        for rank in self.ranks:
+            rank.channel.close()
+        os.close(self._wake_in)
+        os.close(self._wake_out)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # -- listening ----------------------------------------------------------------------------------
+
+    def _poll(self, timeout: float) -> bool:
+        """Take in what the ranks say; True when woken. RankError when one is lost."""
+        woken = False
+        for key, _ in self._selector.select(timeout):
+            if key.data is None:
+                with suppress(BlockingIOError):
+                    os.read(self._wake_in, 1 << 16)
+                woken = True
+            else:
+                self._listen(key.data)
+        self._look_after()
+        return woken
+
+    def _listen(self, rank: Rank) -> None:
+        try:
+            rank.channel.fill()
+            while (message := rank.channel.pop()) is not None:
+                rank.heard = time.monotonic()
+                self._hear(rank, message)
+        except (EOFError, OSError):
+            self._selector.unregister(rank.channel.sock)
+            rank.lost = rank.lost or "died"
+
+    def _hear(self, rank: Rank, message: object) -> None:
+        match message:
+            case Beat(phase):
+                rank.phase = phase
+            case Ready():
+                rank.ready = message
+            case Failed(reason):
+                rank.lost = f"failed: {reason}"
+            case Done(batch_id, results, started, finished, parts):
+                sent, _ = self._sent.pop(batch_id)
+                self._slowest = max(self._slowest, finished - sent)
+                for result in results:
+                    if result.token_id is not None:
+                        self._tokens.setdefault(result.request_id, []).append(result.token_id)
+                self._results.append(Result(batch_id, results, started, finished, parts))
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for rank in self.ranks:
+            if not rank.lost and now - rank.heard > SILENT_SECONDS:
+                rank.lost = f"has been silent for {now - rank.heard:.0f} s"
+        if any(rank.lost for rank in self.ranks):
+            self._fail(self._cause())
+        oldest = min((sent for sent, _ in self._sent.values()), default=now)
+        limit = max(SLOWEST_STEP_SECONDS, 10 * self._slowest)
+        if now - oldest > limit:
+            phases = "; ".join(f"{rank.name}: {rank.phase}" for rank in self.ranks)
+            self._fail(f"a step has taken {now - oldest:.0f} s, the limit being {limit:.0f}: {phases}")
+
+    def _cause(self) -> str:
+        """The rank that is the reason: one that was killed before those that missed it."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline and not any(was_killed(rank) for rank in self.ranks):
+            select.select([], [], [], 0.05)
+        killed = [rank for rank in self.ranks if was_killed(rank)]
+        silent = [rank for rank in self.ranks if "silent" in rank.lost]
+        lost = [rank for rank in self.ranks if rank.lost]
+        rank = (killed or silent or lost)[0]
+        code = rank.process.poll()
+        what = f"was ended by signal {-code}" if code is not None and code < 0 else rank.lost
+        return f"{rank.name} of host {socket.gethostname()} {what}; it was at: {rank.phase}"
+
+    def _fail(self, reason: str) -> None:
+        self._kill()
+        raise RankError(f"the parallel engine stopped: {reason}")
+
+    def _kill(self) -> None:
+        for rank in self.ranks:
+            if rank.process.poll() is None:
+                rank.process.kill()
+        for rank in self.ranks:
+            rank.process.wait()
+
+
+def was_killed(rank: Rank) -> bool:
+    code = rank.process.poll()
+    return code is not None and code < 0
+
+
+def ready_of(ranks: Sequence[Rank]) -> list[Ready]:
+    return [rank.ready for rank in ranks if rank.ready is not None]

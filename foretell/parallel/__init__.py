@@ -1,0 +1,1 @@
+"""Tensor and pipeline parallelism: a layout, shards of the weights, and wrappers around the model's parts."""

@@ -1,0 +1,78 @@
+"""What ranks say to each other: sums and gathers within a tensor-parallel group, hidden states between stages.
+
+torch.distributed underneath: gloo between CPU processes, NCCL between GPUs.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from foretell.parallel.layout import Layout, Place
+
+
+class Group(Protocol):
+    """The tensor-parallel group of a rank."""
+
+    size: int
+    shard: int
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """x, replaced by the sum over the group; on every rank the same bits."""
+        ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[R, n] on each rank → [R, size · n] on every rank, shard by shard."""
+        ...
+
+
+class Communicator:
+    """The torch.distributed groups of one rank in a layout. ``timeout_seconds`` bounds every collective."""
+
+    def __init__(self, layout: Layout, place: Place, store_url: str, *, backend: str, timeout_seconds: float) -> None:
+        dist.init_process_group(
+            backend,
+            init_method=store_url,
+            rank=place.rank,
+            world_size=layout.num_ranks,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+        self.layout, self.place = layout, place
+        self.size, self.shard = layout.tp, place.shard
+        groups = [  # every rank takes part in making every group
+            dist.new_group([stage * layout.tp + shard for shard in range(layout.tp)]) for stage in range(layout.pp)
+        ]
+        self._group = groups[place.stage]
+        self._sending: list[tuple[dist.Work | None, Tensor]] = []
+
+    def sum_(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self._group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self._group)
+        return torch.cat(parts, dim=1)
+
+    def send_on(self, x: Tensor) -> None:
+        """Hidden states to the same shard of the next stage; returns at once, ``x`` must not be written again."""
+        self._sending = [(work, kept) for work, kept in self._sending if work is not None and not work.is_completed()]
+        self._sending.append((dist.isend(x.contiguous(), self.place.rank + self.layout.tp), x))
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Hidden states from the same shard of the stage before."""
+        x = torch.empty(shape, dtype=dtype)
+        dist.recv(x, self.place.rank - self.layout.tp)
+        return x
+
+    def preflight(self) -> None:
+        """One collective of all ranks: raises when one does not answer in time."""
+        dist.barrier()
+
+    def close(self) -> None:
+        dist.destroy_process_group()

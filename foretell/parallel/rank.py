@@ -1,0 +1,143 @@
+"""One rank: a process that holds its share of the model and computes its part of every batch.
+
+Started by ``ParallelExecutor`` as ``python -m foretell.parallel.rank FD``; FD is its end of a socket pair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from foretell.parallel.messages import Beat, Channel, Done, Failed, Ready, Setup, Step, Stop, ToRank
+
+if TYPE_CHECKING:
+    from foretell.parallel.stage import StageRunner
+
+BEAT_SECONDS = 0.5
+
+
+class Heart:
+    """Tells the driver twice a second that this process lives and what it is at; ends it when the driver is gone."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.phase = "starting"
+        threading.Thread(target=self._beat, name="foretell-heart", daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            try:
+                self.channel.send(Beat(self.phase))
+            except OSError:
+                os._exit(1)  # the main thread may be caught in a collective
+            time.sleep(BEAT_SECONDS)
+
+
+def main(fd: int) -> int:
+    die_with_parent()
+    channel = Channel(socket.socket(fileno=fd), ToRank)
+    heart = Heart(channel)
+    try:
+        setup = channel.receive()
+        started = time.perf_counter()
+        runner, ready = load(setup, heart)
+        ready.phases["whole"] = time.perf_counter() - started
+        channel.send(ready)
+        serve(channel, runner, heart)
+    except EOFError:
+        return 1
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            channel.send(Failed(f"{heart.phase}: {type(error).__name__}: {first_line(error)}"))
+        return 1
+    return 0
+
+
+def load(setup: Setup, heart: Heart) -> tuple[StageRunner, Ready]:
+    """The rank's share of model and cache, and its place among the others."""
+    phases: dict[str, float] = {}
+    started = time.perf_counter()
+    heart.phase = "importing torch"
+    import torch
+
+    torch.set_num_threads(setup.num_threads)
+    from foretell.kernels import get_kernels
+    from foretell.model.build import Builder
+    from foretell.model.load import DTYPES, spec_for
+    from foretell.model.weights import DummyWeights, FileWeights, Weights
+    from foretell.parallel.comm import Communicator
+    from foretell.parallel.layout import make_layout, shard_spec
+    from foretell.parallel.shard import ShardedWeights
+    from foretell.parallel.stage import StageRunner
+    from foretell.parallel.wrap import wrap
+    from foretell.store import open_tensors, resolve
+    from foretell.worker.kv import allocate
+
+    phases["import torch"] = time.perf_counter() - started
+    heart.phase = "meeting the other ranks"
+    files = resolve(setup.model, offline=True)
+    spec = spec_for(files)
+    layout = make_layout(spec, setup.tp, setup.pp)
+    place = layout.place(setup.rank)
+    comm = Communicator(layout, place, setup.store_url, backend=setup.backend, timeout_seconds=setup.timeout_seconds)
+    comm.preflight()
+    phases["meeting"] = time.perf_counter() - started - phases["import torch"]
+    heart.phase = "loading weights"
+    kernels = get_kernels(setup.kernels, batch_invariant=setup.batch_invariant)
+    kernels.set_threads(setup.num_threads)
+    weights: Weights
+    if setup.load_format == "dummy":
+        weights = DummyWeights(spec, setup.seed)
+    else:
+        weights = FileWeights(open_tensors(files), spec)
+    if setup.tp > 1:
+        weights = ShardedWeights(weights, spec, setup.tp, place.shard)
+    own, dtype = shard_spec(spec, setup.tp), DTYPES[setup.dtype]
+    builder = Builder(own, weights, kernels, dtype, layers=place.layers, keep_quantised=setup.keep_quantised)
+    model = wrap(builder.build(), comm, spec.vocab_size)
+    phases["weights"] = time.perf_counter() - started - sum(phases.values())
+    kv = allocate(own, tuple(setup.num_blocks), setup.block_size, dtype, place.layers)
+    torch_threads = 1 if kernels.name == "cpu" else None
+    runner = StageRunner(model, kv, setup.block_size, comm, spec.vocab_size, torch_threads=torch_threads)
+    heart.phase = "waiting for the others to load"
+    comm.preflight()
+    return runner, Ready(model.weight_bytes, model.weight_format, kernels.name, phases)
+
+
+def serve(channel: Channel, runner: StageRunner, heart: Heart) -> None:
+    while True:
+        heart.phase = "idle"
+        message = channel.receive()
+        if isinstance(message, Stop):
+            return
+        if not isinstance(message, Step):
+            raise TypeError(f"a rank was sent {type(message).__name__}")
+        heart.phase = f"step {message.batch.id}"
+        started = time.monotonic()
+        results = runner.execute_step(message.batch, message.tokens)
+        if runner.samples:
+            channel.send(Done(message.batch.id, results, started, time.monotonic(), runner.parts))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def die_with_parent() -> None:
+    """Where the kernel can (Linux), the death of the parent ends this process too, whatever it is doing."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:  # it died before
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
