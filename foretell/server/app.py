@@ -1,0 +1,71 @@
+"""The application: routes, their errors, and the guard around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+import foretell
+from foretell.errors import ForetellError
+from foretell.server.config import ServerConfig
+from foretell.server.context import Server, request_id_of
+from foretell.server.errors import ApiError, error_body, told
+from foretell.server.guard import Guard
+from foretell.server.openapi import document
+from foretell.server.responses import json_response
+from foretell.server.routes import health, models
+
+if TYPE_CHECKING:
+    from foretell.server.text_engine import TextEngine
+
+ROUTERS = (models.router, health.router)
+
+
+def create_app(
+    engine: TextEngine,
+    config: ServerConfig | None = None,
+    *,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
+    """An ASGI application over ``engine``, which the caller starts and stops (``lifespan`` can do it)."""
+    config = config or ServerConfig()
+    app = FastAPI(
+        title="foretell",
+        version=foretell.__version__,
+        summary="OpenAI's and Anthropic's interfaces over one engine",
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    app.state.server = Server(engine, config)
+    for router in ROUTERS:
+        app.include_router(router)
+    for kind in (ApiError, ForetellError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer)
+    app.add_middleware(Guard, config=config)
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    """Errors of ours, and of the framework (no such route, wrong method), in the client's shape."""
+    if isinstance(error, HTTPException):
+        shown = error.detail if error.status_code >= 500 else _FRAMEWORK.get(error.status_code, str(error.detail))
+        api = ApiError(error.status_code, shown, headers=dict(error.headers or {}))
+    elif isinstance(error, RequestValidationError):
+        api = ApiError(400, "the path or query is not valid", code="invalid_value")
+    else:
+        api = told(error)
+    return json_response(error_body(api, request.url.path, request_id_of(request)), api.status, api.headers)
+
+
+_FRAMEWORK: dict[int, Any] = {
+    404: "there is no such route here: GET /openapi.json lists them",
+    405: "this route has other methods",
+}

@@ -1,0 +1,78 @@
+"""The outermost layer, plain ASGI: request ids, authorisation, and an answer to whatever nobody caught."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from foretell.server.auth import authorize
+from foretell.server.errors import ApiError, error_body, told
+
+if TYPE_CHECKING:
+    from foretell.server.config import ServerConfig
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger("foretell.server")
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Guard:
+    """Wraps the whole application. ``scope["request_id"]`` is ours; a client's own is only ever echoed."""
+
+    def __init__(self, app: App, config: ServerConfig) -> None:
+        self.app = app
+        self.config = config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = header_dict(scope)
+        request_id = scope["request_id"] = f"req-{secrets.token_hex(12)}"
+        extra = [(b"x-request-id", request_id.encode())]
+        client_id = headers.get("x-client-request-id") or headers.get("x-request-id") or ""
+        if _CLIENT_ID.fullmatch(client_id):
+            extra.append((b"x-client-request-id", client_id.encode()))
+        started = False
+
+        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            if not started and message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        try:
+            authorize(scope["path"], headers, self.config)
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("request %s to %s failed", request_id, scope["path"])
+            if started:
+                raise  # the server closes the connection: the client must see that the answer is not whole
+            await send_error(told(error), scope, send_with_id)
+
+
+def header_dict(scope: Scope) -> dict[str, str]:
+    """Names in lower case; of a header that is sent twice, the last."""
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+async def send_error(error: ApiError, scope: Scope, send: Send) -> None:
+    body = msgspec.json.encode(error_body(error, scope["path"], scope.get("request_id")))
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,153 @@
+"""Request bodies, read and parsed within limits. What is no clean JSON is refused before anything looks at it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from foretell.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from foretell.server.config import ServerConfig
+
+Model = TypeVar("Model", bound=BaseModel)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_MAX_NUMBER_CHARS = 40  # longer ones are bombs or noise: 2^64 has 20 digits
+
+
+async def parse(request: Request, model: type[Model], config: ServerConfig) -> Model:
+    """The request's body as ``model``; ApiError (400, 408, 413, 415) if it is not one."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(
+            415, "the body must be JSON: send Content-Type: application/json", code="unsupported_media_type"
+        )
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "compressed bodies are not read: send it as it is", code="unsupported_media_type")
+    value = parse_json(await read_body(request, config), config.max_json_depth)
+    return validate(model, value)
+
+
+async def read_body(request: Request, config: ServerConfig) -> bytes:
+    """All of the body; reading stops at the limit, whatever Content-Length says."""
+    too_large = ApiError(
+        413,
+        f"the body is larger than {config.max_body_bytes} bytes",
+        code="body_too_large",
+        headers={"connection": "close"},
+    )
+    stated = request.headers.get("content-length", "0")
+    if stated.isdecimal() and (len(stated) > 18 or int(stated) > config.max_body_bytes):
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(config.body_timeout_seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size > config.max_body_bytes:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(
+            408, f"the body took longer than {config.body_timeout_seconds:g} s", headers={"connection": "close"}
+        ) from None
+    return b"".join(parts)
+
+
+def parse_json(body: bytes, max_depth: int) -> Any:
+    """Strict JSON: UTF-8, no NaN or Infinity, no key twice, no lone surrogates, no huge numbers, bounded depth."""
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_constant,
+            parse_float=_float,
+            parse_int=_int,
+        )
+    except UnicodeDecodeError as error:
+        raise _bad(f"it is not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise _bad(f"it is nested deeper than {max_depth} levels") from None
+    except json.JSONDecodeError as error:
+        raise _bad(f"{error.msg} at character {error.pos}") from None
+    if depth(value, max_depth) > max_depth:
+        raise _bad(f"it is nested deeper than {max_depth} levels")
+    if _SURROGATE.search(body):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _bad("it holds lone surrogates, which are no Unicode text") from None
+    return value
+
+
+def depth(value: Any, limit: int) -> int:
+    """How deep lists and objects nest in ``value``: 0 for a plain value, ``limit + 1`` for anything deeper."""
+    level, layer = 0, [value] if isinstance(value, (list, dict)) else []
+    while layer and level <= limit:
+        level += 1
+        inner = (item for box in layer for item in (box.values() if isinstance(box, dict) else box))
+        layer = [item for item in inner if isinstance(item, (list, dict))]
+    return level
+
+
+def validate(model: type[Model], value: Any) -> Model:
+    """ApiError with the first fault in one line, and the field's name."""
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_type")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise invalid(error) from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+
+
+def invalid(error: ValidationError) -> ApiError:
+    """The most telling of pydantic's complaints: of a union, the branch that got furthest."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    fault = max(faults, key=lambda f: (f["type"] == "extra_forbidden", len(f["loc"])))
+    names = [str(part) for part in fault["loc"] if not isinstance(part, str) or "[" not in part]
+    param = ".".join(names)[:200] or None
+    if fault["type"] == "extra_forbidden":
+        return ApiError(
+            400, f"{param} is not a parameter that this server supports", param=param, code="unsupported_parameter"
+        )
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:400]
+    return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")
+
+
+def _bad(why: str) -> ApiError:
+    return ApiError(400, f"the body is no valid JSON: {why}", code="invalid_json")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _bad("an object has the same key twice")
+    return found
+
+
+def _constant(name: str) -> NoReturn:
+    raise _bad(f"{name} is no JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text) if len(text) <= 400 else math.inf
+    if not math.isfinite(value):
+        raise _bad("a number is too large")
+    return value
+
+
+def _int(text: str) -> int:
+    if len(text) > _MAX_NUMBER_CHARS:
+        raise _bad("a number is too large")
+    return int(text)

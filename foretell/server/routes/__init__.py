@@ -1,0 +1,1 @@
+"""One module per endpoint; each has a ``router``."""

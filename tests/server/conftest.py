@@ -1,0 +1,3 @@
+from tests.server.tiny import tiny
+
+__all__ = ["tiny"]
