@@ -83,6 +83,26 @@ class Engine:
         self.scheduler.policy = get_policy(name)
         self._log("policy", name=name)
 
+    def stats(self) -> dict[str, Any]:
+        """How it stands: counts of requests, shares and numbers of KV blocks, tokens since the start."""
+        scheduler = self.scheduler
+        counters = scheduler.counters
+        return {
+            "running": len(scheduler.running),
+            "waiting": scheduler.num_waiting,
+            "requests": len(scheduler.requests),  # with those that ended while a batch of theirs was in flight
+            "policy": scheduler.policy.name,
+            "kv_usage": scheduler.blocks.usage,
+            "kv_blocks": sum(pool.num_blocks for pool in scheduler.blocks.pools),
+            "kv_blocks_held": sum(pool.num_blocks - pool.num_free for pool in scheduler.blocks.pools),
+            "steps": scheduler.num_batches,
+            "prompt_tokens": counters.prompt_tokens,
+            "generation_tokens": counters.generation_tokens,
+            "prefix_cache_queries": counters.prefix_cache_queries,
+            "prefix_cache_hits": counters.prefix_cache_hits,
+            "preemptions": dict(counters.preemptions),
+        }
+
     # -- the loop -----------------------------------------------------------------------------------
 
     @property

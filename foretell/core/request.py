@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
+from foretell.core.counters import Progress
 from foretell.core.params import SamplingParams
 
 
@@ -38,6 +39,7 @@ class Request:
         "planned",
         "preemptions",
         "prefill_end",
+        "progress_due",
         "prompt_len",
         "published",
         "releasable_from",
@@ -78,6 +80,7 @@ class Request:
         self.preemptions = 0
         self.first_scheduled: float | None = None
         self.finish_reason: str | None = None
+        self.progress_due = True  # with its next token, who asked hears how it has fared
 
     @property
     def num_tokens(self) -> int:
@@ -91,3 +94,7 @@ class Request:
     @property
     def num_outputs(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.first_scheduled or 0.0, self.cached_tokens, self.preemptions)

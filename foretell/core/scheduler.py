@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from foretell.config import SchedulerConfig
 from foretell.core.blocks import BlockManager
+from foretell.core.counters import Counters, Progress
 from foretell.core.messages import Added, Batch, Chunk, ChunkResult, Result, TokenLogprobs
 from foretell.core.policy import get_policy
 from foretell.core.request import Request, State
@@ -30,6 +31,7 @@ class Output:
     finish_reason: str | None = None
     stop_token: int | None = None  # the token id that stopped it, if one did
     error: str | None = None
+    progress: Progress | None = None  # with the first token, the first after a preemption, and the last
 
 
 @dataclass(slots=True)
@@ -72,7 +74,7 @@ class Scheduler:
         self._next_batch_id = 0
         self._removed: list[int] = []
         self._preempted: list[tuple[int, str]] = []
-        self.preemptions_by_reason: dict[str, int] = {}
+        self.counters = Counters()
 
     # -- requests in and out ------------------------------------------------------------------------
 
@@ -162,9 +164,19 @@ class Scheduler:
         request.preemptions += 1
         self._removed.append(request.id)
         self._preempted.append((request.id, reason))
-        self.preemptions_by_reason[reason] = self.preemptions_by_reason.get(reason, 0) + 1
+        request.progress_due = True
+        by_reason = self.counters.preemptions
+        by_reason[reason] = by_reason.get(reason, 0) + 1
         self._enqueue(request)
         return True
+
+    @property
+    def preemptions_by_reason(self) -> dict[str, int]:
+        return self.counters.preemptions
+
+    @property
+    def num_batches(self) -> int:
+        return self._next_batch_id
 
     @property
     def has_unfinished(self) -> bool:
@@ -339,6 +351,8 @@ class Scheduler:
         )
         prompt_len = request.prompt_len
         plan.added.append(Added(request.id, request.params, request.tokens[:prompt_len], request.tokens[prompt_len:]))
+        self.counters.prefix_cache_queries += len(request.tokens)
+        self.counters.prefix_cache_hits += request.cached_tokens
         if request.first_scheduled is None:
             request.first_scheduled = now
 
@@ -383,10 +397,16 @@ class Scheduler:
             output.finish_reason = "error"
         elif token_id is not None:
             tokens.append(token_id)
+            self.counters.generation_tokens += 1
+            if len(tokens) == request.prompt_len + 1:
+                self.counters.prompt_tokens += request.prompt_len
             if token_id in request.stop_ids and request.num_outputs > request.params.min_tokens:
                 output.finish_reason, output.stop_token = "stop", token_id
             elif len(tokens) >= request.max_total_tokens:
                 output.finish_reason = "length"
+        if request.progress_due or output.finish_reason is not None:
+            request.progress_due = False
+            output.progress = request.progress
         if output.finish_reason is not None:
             self.finish(request.id, output.finish_reason)
         return output

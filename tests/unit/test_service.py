@@ -80,7 +80,7 @@ def test_a_failing_call_is_told_to_its_caller_alone(service: EngineService) -> N
 
 def test_nothing_can_be_posted_once_the_inbox_has_been_emptied_for_good(service: EngineService) -> None:
     """A submit that finds the engine running must be served or told, however late its post arrives."""
-    real, entered, proceed = service._inbox, threading.Event(), threading.Event()
+    real, entered, proceed = service.loop._inbox, threading.Event(), threading.Event()
 
     class SlowInbox:
         def put(self, function: Any) -> None:
@@ -91,7 +91,7 @@ def test_nothing_can_be_posted_once_the_inbox_has_been_emptied_for_good(service:
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)
 
-    service._inbox = SlowInbox()  # type: ignore[assignment]
+    service.loop._inbox = SlowInbox()  # type: ignore[assignment]
     heard: list[Update | Exception] = []
 
     def caller() -> None:
