@@ -39,7 +39,7 @@ class EngineLoop:
     def post(self, function: Callable[[], None]) -> None:
         """Have ``function`` run between two steps. Raises ForetellError once the loop has stopped."""
         with self._lock:
-            if self._stopped or self._closing:
+            if not self.is_running:
                 raise ForetellError(f"the engine has stopped{f': {self._dead}' if self._dead else ''}")
             self._inbox.put(function)
         self.engine.executor.wake()
@@ -56,6 +56,10 @@ class EngineLoop:
 
         self.post(run)
         return done
+
+    @property
+    def is_running(self) -> bool:
+        return not (self._stopped or self._closing)
 
     def close(self) -> bool:
         """Make ``run`` return after the step in progress; False if somebody has asked already."""
@@ -106,7 +110,7 @@ class LocalPort:
     def add(
         self, first_id: int, prompt_token_ids: list[int], params: SamplingParams, *, priority: int, arrival: float
     ) -> None:
-        """``params.n`` requests of one prompt, with ids from ``first_id`` on. InvalidRequestError refuses them all."""
+        """``params.n`` requests of one prompt, with ids from ``first_id`` on. A refusal is one of them all."""
         added: list[int] = []
         try:
             for index in range(params.n):

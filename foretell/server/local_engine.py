@@ -83,18 +83,11 @@ class LocalTextEngine:
         return {"policy": arguments["name"]}
 
     def stats(self) -> Mapping[str, Any]:
-        scheduler = self.llm.llm.assembly.engine.scheduler
-        return {
-            "running": len(scheduler.running),
-            "waiting": scheduler.num_waiting,
-            "kv_usage": scheduler.blocks.usage,
-            "policy": scheduler.policy.name,
-            "preemptions": dict(scheduler.preemptions_by_reason),
-        }
+        return self.llm.llm.assembly.engine.stats()
 
     @property
     def is_ready(self) -> bool:
-        return not self.llm.llm.service._stopped and not self.llm.llm.service._closing
+        return self.llm.llm.service.loop.is_running
 
     @property
     def is_healthy(self) -> bool:
