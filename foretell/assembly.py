@@ -16,7 +16,10 @@ from foretell.config import ModelSpec, PolicyName, SchedulerConfig
 from foretell.errors import ConfigError, ForetellError
 
 if TYPE_CHECKING:
+    import torch
+
     from foretell.core.engine import Engine
+    from foretell.executor.base import Executor
     from foretell.store import ModelFiles, Tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,6 +50,8 @@ class EngineOptions:
     num_threads: int | None = None
     offline: bool | None = None
     step_log: str | os.PathLike[str] | None = None
+    tp: int = 1  # ranks that share every layer
+    pp: int = 1  # stages that share the layers
 
     def __post_init__(self) -> None:
         def need(ok: bool, message: str) -> None:
@@ -59,7 +64,7 @@ class EngineOptions:
             self.load_format in LOAD_FORMATS,
             f"load_format {self.load_format!r} is unknown: choose one of {', '.join(LOAD_FORMATS)}",
         )
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "starvation_turns"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "starvation_turns", "tp", "pp"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, f"{name} must be a whole number ≥ 1, got {value!r}")
         for name in ("max_model_len", "kv_cache_bytes", "num_threads"):
@@ -118,43 +123,27 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     phases.done("import torch")
-    from foretell.kernels import get_kernels
-    from foretell.model.load import load_dummy, load_model, resolve_dtype, spec_for
+    from foretell.core.engine import Engine
+    from foretell.model.load import resolve_dtype, spec_for
+    from foretell.worker.kv import block_bytes
 
-    kernels = get_kernels(options.kernels, batch_invariant=options.batch_invariant)
-    phases.done("kernels")
     spec = spec_for(files)
     dtype = resolve_dtype(options.dtype, files)
     max_model_len = _max_model_len(options, spec)
-    if options.load_format == "dummy":
-        model = load_dummy(spec, kernels, dtype, options.seed)
-    elif files.format == "none":
+    if files.format == "none" and options.load_format != "dummy":
         raise ForetellError(f"{files.path} holds a config but no weights: pass load_format='dummy' for random ones")
-    elif options.load_format not in ("auto", files.format):
+    if options.load_format not in ("auto", "dummy", files.format):
         raise ConfigError(f"load_format is {options.load_format!r}, but {files.path} is {files.format}")
-    else:
-        model = load_model(files, spec, kernels, dtype, keep_quantised=options.dtype == "auto")
-    phases.done("weights")
-
-    from foretell.core.engine import Engine
-    from foretell.executor.local import LocalExecutor
-    from foretell.worker.kv import allocate, block_bytes, plan_blocks
-    from foretell.worker.runner import ModelRunner
-
     config = scheduler_config(options, max_model_len)
-    num_blocks = plan_blocks(spec, config, options.kv_cache_bytes or default_kv_bytes(), dtype.itemsize)
-    kv = allocate(spec, num_blocks, config.block_size, dtype)
+    loaded = (_load_ranks if options.tp * options.pp > 1 else _load_here)(options, files, spec, config, dtype, phases)
     sizes = block_bytes(spec, config.block_size, dtype.itemsize)
-    torch_threads = 1 if kernels.name == "cpu" else None
-    executor = LocalExecutor(ModelRunner(model, kv, config.block_size, torch_threads=torch_threads), num_blocks)
     engine = Engine(
         config,
-        executor,
+        loaded.executor,
         [group.window for group in spec.kv_groups],
         on_event=on_event,
         on_step=step_log,
     )
-    phases.done("kv cache")
     return Assembly(
         options=options,
         files=files,
@@ -162,16 +151,81 @@ def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], Non
         tokenizer=tokenizer,
         engine=engine,
         dtype=str(dtype).removeprefix("torch."),
-        weight_format=model.weight_format,
-        kv_bytes=sum(n * size for n, size in zip(num_blocks, sizes, strict=True)),
+        weight_format=loaded.weight_format,
+        kv_bytes=sum(n * size for n, size in zip(loaded.executor.num_blocks, sizes, strict=True)),
         kv_bytes_per_token=spec.kv_bytes_per_token(dtype.itemsize),
         kv_element_bytes=dtype.itemsize,
-        weight_bytes=model.weight_bytes,
-        kernels=kernels.name,
+        weight_bytes=loaded.weight_bytes,
+        kernels=loaded.kernels,
         max_model_len=min(max_model_len, engine.scheduler.blocks.max_tokens_per_request),
         step_log=step_log,
         phases=phases.seconds,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """An executor that has the model, and how it keeps it."""
+
+    executor: Executor
+    weight_bytes: int
+    weight_format: str
+    kernels: str
+
+
+def _load_here(
+    options: EngineOptions,
+    files: ModelFiles,
+    spec: ModelSpec,
+    config: SchedulerConfig,
+    dtype: torch.dtype,
+    phases: _Phases,
+) -> _Loaded:
+    """The whole model in this process."""
+    from foretell.executor.local import LocalExecutor
+    from foretell.kernels import get_kernels
+    from foretell.model.load import load_dummy, load_model
+    from foretell.worker.kv import allocate, plan_blocks
+    from foretell.worker.runner import ModelRunner
+
+    kernels = get_kernels(options.kernels, batch_invariant=options.batch_invariant)
+    phases.done("kernels")
+    if options.load_format == "dummy":
+        model = load_dummy(spec, kernels, dtype, options.seed)
+    else:
+        model = load_model(files, spec, kernels, dtype, keep_quantised=options.dtype == "auto")
+    phases.done("weights")
+    num_blocks = plan_blocks(spec, config, options.kv_cache_bytes or default_kv_bytes(), dtype.itemsize)
+    kv = allocate(spec, num_blocks, config.block_size, dtype)
+    torch_threads = 1 if kernels.name == "cpu" else None
+    runner = ModelRunner(model, kv, config.block_size, torch_threads=torch_threads)
+    phases.done("kv cache")
+    return _Loaded(LocalExecutor(runner, num_blocks), model.weight_bytes, model.weight_format, kernels.name)
+
+
+def _load_ranks(
+    options: EngineOptions,
+    files: ModelFiles,
+    spec: ModelSpec,
+    config: SchedulerConfig,
+    dtype: torch.dtype,
+    phases: _Phases,
+) -> _Loaded:
+    """The model shared by tp × pp processes."""
+    from foretell.parallel.start import start_parallel, weights_of
+
+    executor = start_parallel(
+        options,
+        files,
+        spec,
+        config,
+        dtype=str(dtype).removeprefix("torch."),
+        element_bytes=dtype.itemsize,
+        kv_bytes=options.kv_cache_bytes or default_kv_bytes(),
+        memory_bytes=available_memory_bytes(),
+    )
+    phases.done("ranks")
+    return _Loaded(executor, *weights_of(executor))
 
 
 def scheduler_config(options: EngineOptions, max_model_len: int) -> SchedulerConfig:

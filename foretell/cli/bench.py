@@ -47,6 +47,8 @@ def offline(
     policy: o.Policy = "mixed",
     prefix_caching: b.Caching = None,
     threads: o.Threads = None,
+    tp: o.TP = 1,
+    pp: o.PP = 1,
     kernels: o.KernelsName = "auto",
     no_network: o.Offline = False,
 ) -> None:
@@ -70,7 +72,7 @@ def offline(
         dtype=dtype, load_format=load_format, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes,
         block_size=block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         max_chunk_tokens=max_chunk_tokens, policy=policy, enable_prefix_caching=prefix_caching,
-        num_threads=threads, kernels=kernels, offline=no_network or None, seed=seed,
+        num_threads=threads, tp=tp, pp=pp, kernels=kernels, offline=no_network or None, seed=seed,
     )  # fmt: skip
     run_offline(Asked(model, options, traffic, repeat, json_file), warmup=warmup)
 
@@ -111,6 +113,8 @@ def online(
     policy: o.Policy = "mixed",
     prefix_caching: b.Caching = None,
     threads: o.Threads = None,
+    tp: o.TP = 1,
+    pp: o.PP = 1,
     kernels: o.KernelsName = "auto",
     no_network: o.Offline = False,
 ) -> None:
@@ -133,7 +137,7 @@ def online(
         dtype=dtype, load_format=load_format, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes,
         block_size=block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         max_chunk_tokens=max_chunk_tokens, policy=policy, enable_prefix_caching=prefix_caching,
-        num_threads=threads, kernels=kernels, offline=no_network or None, seed=seed,
+        num_threads=threads, tp=tp, pp=pp, kernels=kernels, offline=no_network or None, seed=seed,
     )  # fmt: skip
     run_online(
         Asked(model, options, traffic, repeat, json_file), arrivals,

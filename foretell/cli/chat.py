@@ -33,6 +33,8 @@ def chat(
     max_model_len: o.MaxModelLen = None,
     kv_cache_bytes: o.KVCacheBytes = None,
     threads: o.Threads = None,
+    tp: o.TP = 1,
+    pp: o.PP = 1,
     kernels: o.KernelsName = "auto",
     offline: o.Offline = False,
 ) -> None:
@@ -55,6 +57,7 @@ def chat(
     sampling(**params)
     with open_model(
         model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes, num_threads=threads,
+        tp=tp, pp=pp,
         kernels=kernels, offline=offline or None,
     ) as llm:  # fmt: skip
         session = ChatSession(llm, params, system)

@@ -61,6 +61,14 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all if no
 KernelsName = Annotated[
     str, typer.Option("--kernels", help="auto, cpu (C++) or reference (plain torch).", rich_help_panel=_ENGINE)
 ]
+TP = Annotated[
+    int,
+    typer.Option("--tp", min=1, help="Tensor parallelism: ranks that share every layer.", rich_help_panel=_ENGINE),
+]
+PP = Annotated[
+    int,
+    typer.Option("--pp", min=1, help="Pipeline parallelism: stages that share the layers.", rich_help_panel=_ENGINE),
+]
 Offline = Annotated[
     bool, typer.Option("--offline", help="Never touch the network; use what is here.", rich_help_panel=_ENGINE)
 ]

@@ -52,6 +52,8 @@ def run(
     max_num_batched_tokens: o.MaxBatchedTokens = 2048,
     policy: o.Policy = "mixed",
     threads: o.Threads = None,
+    tp: o.TP = 1,
+    pp: o.PP = 1,
     kernels: o.KernelsName = "auto",
     load_format: o.Format = "auto",
     offline: o.Offline = False,
@@ -84,7 +86,8 @@ def run(
         raise InvalidRequestError("the prompt is empty: give some text, or - to read it from stdin")
     with open_model(
         model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, policy=policy, num_threads=threads, kernels=kernels,
+        max_num_batched_tokens=max_num_batched_tokens, policy=policy, num_threads=threads, tp=tp, pp=pp,
+        kernels=kernels,
         load_format=load_format, offline=offline or None,
     ) as llm:  # fmt: skip
         accepted = llm.now  # TTFT counts the chat template and the tokeniser too

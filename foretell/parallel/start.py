@@ -1,0 +1,79 @@
+"""Engine options → a running ParallelExecutor. No torch in the driver: the ranks compute."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from foretell.errors import ConfigError
+from foretell.executor.parallel import ParallelExecutor, ready_of
+from foretell.parallel.layout import make_layout, rank_parameters
+from foretell.parallel.messages import Setup
+from foretell.worker.kv import plan_blocks
+
+if TYPE_CHECKING:
+    from foretell.assembly import EngineOptions
+    from foretell.config import ModelSpec, SchedulerConfig
+    from foretell.store import ModelFiles
+
+COLLECTIVE_SECONDS = 120.0
+
+
+def start_parallel(
+    options: EngineOptions,
+    files: ModelFiles,
+    spec: ModelSpec,
+    config: SchedulerConfig,
+    *,
+    dtype: str,
+    element_bytes: int,
+    kv_bytes: int,
+    memory_bytes: int,
+) -> ParallelExecutor:
+    """Ranks on this machine, ``kv_bytes`` of KV cache and ``memory_bytes`` of free memory shared by all of them.
+
+    ConfigError, before anything is loaded, for a layout that the model or the memory does not allow."""
+    layout = make_layout(spec, options.tp, options.pp)
+    needed = sum(rank_parameters(spec, layout)) * element_bytes
+    if options.dtype != "auto" and needed > memory_bytes:
+        raise ConfigError(
+            f"tp={options.tp} pp={options.pp} needs {needed / 1e9:.1f} GB for weights on all ranks together and "
+            f"{memory_bytes / 1e9:.1f} GB are free: choose a smaller dtype or fewer replicas of key/value heads"
+        )
+    held = layout.tp * max(1, spec.num_kv_heads // layout.tp)  # key/value heads on all shards, replicas included
+    num_blocks = plan_blocks(spec, config, kv_bytes * spec.num_kv_heads // held, element_bytes)
+    threads = max(1, (options.num_threads or usable_cpus()) // layout.num_ranks)
+
+    def setup(rank: int, store_url: str) -> Setup:
+        return Setup(
+            model=str(files.path),
+            load_format=options.load_format,
+            dtype=dtype,
+            kernels=options.kernels,
+            batch_invariant=options.batch_invariant,
+            keep_quantised=options.dtype == "auto",
+            num_threads=threads,
+            seed=options.seed,
+            tp=options.tp,
+            pp=options.pp,
+            rank=rank,
+            num_blocks=list(num_blocks),
+            block_size=options.block_size,
+            store_url=store_url,
+            backend="gloo",
+            timeout_seconds=COLLECTIVE_SECONDS,
+        )
+
+    return ParallelExecutor(layout, setup, num_blocks)
+
+
+def weights_of(executor: ParallelExecutor) -> tuple[int, str, str]:
+    """(bytes on all ranks together, how they are kept, kernels)."""
+    ready = ready_of(executor.ranks)
+    formats = sorted({part for rank in ready for part in rank.weight_format.removesuffix(" as shipped").split("+")})
+    shipped = " as shipped" if any(rank.weight_format.endswith("as shipped") for rank in ready) else ""
+    return sum(rank.weight_bytes for rank in ready), "+".join(formats) + shipped, ready[0].kernels
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
