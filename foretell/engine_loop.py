@@ -15,8 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from foretell.core.engine import Engine
+from foretell.core.messages import Output
 from foretell.core.params import SamplingParams
-from foretell.core.scheduler import Output
 from foretell.errors import ForetellError
 
 Sink = Callable[[list[Output], float], None]  # a step's outputs, and the time on the executor's clock

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from foretell.core.messages import Output
 from foretell.core.params import SamplingParams
-from foretell.core.scheduler import Output
 from foretell.output import CompletionOutput, RequestMetrics, RequestOutput, TextStream
 from foretell.store import IncrementalDetokenizer
 

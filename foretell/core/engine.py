@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.config import SchedulerConfig
 from foretell.core.blocks import BlockManager
-from foretell.core.messages import Result
+from foretell.core.messages import Output, Result, Turn
 from foretell.core.params import SamplingParams
 from foretell.core.policy import get_policy
 from foretell.core.request import Request
-from foretell.core.scheduler import Output, Scheduler, Turn
+from foretell.core.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from foretell.executor.base import Executor

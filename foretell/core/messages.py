@@ -1,9 +1,10 @@
-"""What passes between the brain and an executor: plain data, no tensors."""
+"""What passes between the brain and an executor, and from the brain to whoever asked: plain data, no tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from foretell.core.counters import Progress
 from foretell.core.params import SamplingParams
 
 
@@ -77,3 +78,26 @@ class Result:
     started: float
     finished: float
     parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Output:
+    """News of one request. ``finish_reason`` is None while it runs: then "stop", "length", "abort" or "error"."""
+
+    request_id: int
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_token: int | None = None  # the token id that stopped it, if one did
+    error: str | None = None
+    progress: Progress | None = None  # with the first token, the first after a preemption, and the last
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one call of ``schedule`` decided, for records and for the twin test."""
+
+    turn: int
+    batch: Batch
+    preempted: list[tuple[int, str]] = field(default_factory=list)

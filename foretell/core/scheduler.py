@@ -3,44 +3,19 @@ policy and every executor. It sees no clock: ages are counted in turns, so a rep
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
 from dataclasses import dataclass, field
 
 from foretell.config import SchedulerConfig
 from foretell.core.blocks import BlockManager
-from foretell.core.counters import Counters, Progress
-from foretell.core.messages import Added, Batch, Chunk, ChunkResult, Result, TokenLogprobs
+from foretell.core.counters import Counters
+from foretell.core.messages import Added, Batch, Chunk, ChunkResult, Output, Result, Turn
 from foretell.core.policy import get_policy
 from foretell.core.request import Request, State
+from foretell.core.waiting import AGED, WaitingQueue
 from foretell.errors import ConfigError, InvalidRequestError
 
-AGED = -(2**62)  # the priority of a request that has waited too long
 MAX_PRIORITY = 2**31
 OVERDUE_RANK, AGED_RANK = -2, -1  # before every policy's ranks: running ones passed over, then aged prompts
-
-
-@dataclass(slots=True)
-class Output:
-    """News of one request. ``finish_reason`` is None while it runs: then "stop", "length", "abort" or "error"."""
-
-    request_id: int
-    token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    finish_reason: str | None = None
-    stop_token: int | None = None  # the token id that stopped it, if one did
-    error: str | None = None
-    progress: Progress | None = None  # with the first token, the first after a preemption, and the last
-
-
-@dataclass(slots=True)
-class Turn:
-    """What one call of ``schedule`` decided, for records and for the twin test."""
-
-    turn: int
-    batch: Batch
-    preempted: list[tuple[int, str]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -65,9 +40,7 @@ class Scheduler:
         self.watermark_blocks = int(config.watermark * min(p.num_blocks for p in blocks.pools))
         self.requests: dict[int, Request] = {}
         self.running: list[Request] = []
-        self._waiting: list[tuple[tuple[int, int], int, Request]] = []  # heap by key
-        self._by_age: deque[tuple[int, Request]] = deque()  # (turn it began to wait, request), oldest first
-        self.num_waiting = 0
+        self.waiting = WaitingQueue(config.starvation_turns)
         self.turn = 0
         self._orders = 0
         self._batches: dict[int, Batch] = {}
@@ -92,7 +65,7 @@ class Scheduler:
         request.order = self._orders
         request.key = (request.key[0], request.order)
         self.requests[request.id] = request
-        self._enqueue(request)
+        self.waiting.push(request, self.turn)
 
     @property
     def max_tokens_per_request(self) -> int:
@@ -112,26 +85,6 @@ class Scheduler:
                 f"answer: shorten the prompt or raise {option}"
             )
 
-    def _enqueue(self, request: Request) -> None:
-        request.state = State.WAITING
-        request.last_turn = self.turn
-        self._by_age.append((self.turn, request))
-        self.num_waiting += 1
-        self._push_waiting(request)
-
-    def _push_waiting(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.key, request.order, request))
-        if max(len(self._waiting), len(self._by_age)) > 4 * self.num_waiting + 64:
-            self._drop_stale_entries()
-
-    def _drop_stale_entries(self) -> None:
-        """Those of requests that ended or were promoted meanwhile: under a lasting overload none comes up. The
-        one being admitted, which counts as running already, keeps its own."""
-        left = State.FINISHED
-        self._waiting = [e for e in self._waiting if e[2].state is not left and e[0] == e[2].key]
-        heapq.heapify(self._waiting)
-        self._by_age = deque(e for e in self._by_age if e[1].state is not left and e[0] == e[1].last_turn)
-
     def finish(self, request_id: int, reason: str) -> bool:
         """End a request now, whatever it is doing; False if it is not there (any more)."""
         request = self.requests.get(request_id)
@@ -141,7 +94,7 @@ class Scheduler:
             self.running.remove(request)
             self._removed.append(request_id)
         else:
-            self.num_waiting -= 1  # its heap entry is skipped when it comes up
+            self.waiting.remove()
         request.state = State.FINISHED
         request.finish_reason = reason
         self._forget_if_idle(request)
@@ -167,7 +120,7 @@ class Scheduler:
         request.progress_due = True
         by_reason = self.counters.preemptions
         by_reason[reason] = by_reason.get(reason, 0) + 1
-        self._enqueue(request)
+        self.waiting.push(request, self.turn)
         return True
 
     @property
@@ -180,7 +133,11 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.running or self.num_waiting)
+        return bool(self.running or self.waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
 
     # -- schedule -----------------------------------------------------------------------------------
 
@@ -190,7 +147,7 @@ class Scheduler:
         plan = _Plan(self.config.max_num_batched_tokens, self._max_seqs_in_batch())
         waiting_rank = self.policy.prefill_rank
         for rank, key, request in sorted(self._ranked_running()):  # keys are unique: requests are not compared
-            if self.num_waiting:
+            if self.waiting:
                 self._admit_before((rank, key), waiting_rank, plan, now)
             if plan.budget <= 0 or len(plan.chunks) >= plan.max_seqs:
                 break
@@ -288,7 +245,7 @@ class Scheduler:
         """Admit waiting requests that rank before ``bound`` (None: all that fit). Strictly in order: one
         that finds no room keeps those behind it waiting, or a large request would starve."""
         while not plan.full and not plan.admission_closed:
-            request = self._next_waiting()
+            request = self.waiting.first(self.turn)
             if request is None:
                 return
             first = AGED_RANK if request.key[0] == AGED else rank
@@ -296,27 +253,6 @@ class Scheduler:
                 return
             if not self._admit(request, plan, now):
                 plan.admission_closed = True
-
-    def _next_waiting(self) -> Request | None:
-        self._promote_aged()
-        while self._waiting:
-            key, _, request = self._waiting[0]
-            if request.state is State.WAITING and key == request.key:
-                return request
-            heapq.heappop(self._waiting)
-        return None
-
-    def _promote_aged(self) -> None:
-        """A request that waited ``starvation_turns`` goes before all others, for good."""
-        while self._by_age:
-            since, request = self._by_age[0]
-            waits = request.state is State.WAITING and request.last_turn == since
-            if waits and self.turn - since < self.config.starvation_turns:
-                return
-            self._by_age.popleft()
-            if waits and request.key[0] != AGED:
-                request.key = (AGED, request.order)
-                self._push_waiting(request)
 
     def _admit(self, request: Request, plan: _Plan, now: float) -> bool:
         if len(self.running) >= self.config.max_num_seqs or plan.blocked_from is not None:
@@ -342,8 +278,7 @@ class Scheduler:
     def _finish_admission(
         self, request: Request, first_blocks: tuple[tuple[int, ...], ...], plan: _Plan, now: float
     ) -> None:
-        heapq.heappop(self._waiting)
-        self.num_waiting -= 1
+        self.waiting.pop_first()
         self.running.append(request)
         chunk = plan.chunks[-1]
         chunk.new_block_ids = tuple(

@@ -46,7 +46,7 @@ def test_a_lasting_overload_does_not_pile_up_stale_queue_entries() -> None:
             engine.step()
     scheduler = engine.scheduler
     assert 10 < scheduler.num_waiting < 100
-    assert len(scheduler._waiting) + len(scheduler._by_age) < 1000
+    assert scheduler.waiting.num_entries < 500
 
 
 def test_waiting_requests_that_left_are_forgotten_while_others_keep_the_batch_full() -> None:
@@ -58,7 +58,7 @@ def test_waiting_requests_that_left_are_forgotten_while_others_keep_the_batch_fu
         engine.add(i, [i] * 8, SamplingParams())
         engine.step()
         engine.finish(i)
-    assert len(engine.scheduler._waiting) + len(engine.scheduler._by_age) < 200
+    assert engine.scheduler.waiting.num_entries < 100
 
 
 def test_a_pipeline_s_batches_share_the_decodes_however_many_requests_wait() -> None:

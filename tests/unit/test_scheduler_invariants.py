@@ -218,13 +218,13 @@ def busy_setup(policy: str = "mixed") -> dict[str, Any]:
 
 
 def mutate_lifo_admission(scheduler: Any) -> None:
-    original = scheduler._enqueue
+    original = scheduler.waiting.push
 
-    def enqueue(request: Any) -> None:
+    def push(request: Any, turn: int) -> None:
         request.key = (request.key[0], -request.order)
-        original(request)
+        original(request, turn)
 
-    scheduler._enqueue = enqueue
+    scheduler.waiting.push = push
 
 
 def mutate_victim(scheduler: Any) -> None:
@@ -261,7 +261,7 @@ def mutate_watermark(scheduler: Any) -> None:
 
 
 def mutate_ageing(scheduler: Any) -> None:
-    scheduler._promote_aged = lambda: None
+    scheduler.waiting._promote_aged = lambda turn: None
 
 
 def mutate_reservation(scheduler: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from foretell.core.counters import Progress
+from foretell.core.messages import Output
 from foretell.core.params import SamplingParams
-from foretell.core.scheduler import Output
 from foretell.errors import InvalidRequestError, UnavailableError
 from foretell.tracking import Tracker, Tracking, Update
 
