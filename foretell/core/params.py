@@ -146,6 +146,12 @@ class SamplingParams:
             or self.min_tokens
         )
 
+    @property
+    def waits_for_its_tokens(self) -> bool:
+        """Choosing a token needs, on the CPU, the values of those before it, or its logits: the next step of such a
+        request cannot be computed ahead."""
+        return self.reshapes_logits or self.logprobs is not None or self.prompt_logprobs is not None
+
 
 _RANGES = (
     ("temperature", 0.0, 100.0),

@@ -25,6 +25,7 @@ class Request:
         "arrival",
         "blocks",
         "cached_tokens",
+        "chain",
         "finish_reason",
         "first_scheduled",
         "hashes",
@@ -63,6 +64,7 @@ class Request:
         self.params = params
         self.stop_ids = params.stop_ids
         self.max_total_tokens = 0  # set on admission to the engine: context, cache and max_tokens
+        self.chain = 0  # likewise: how many sampled tokens may be pending when the next is scheduled
         self.arrival = arrival
         self.order = 0
         self.key: tuple[int, int] = (priority, 0)

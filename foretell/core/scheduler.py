@@ -61,6 +61,7 @@ class Scheduler:
         limit = self.max_tokens_per_request
         wanted = request.params.max_tokens
         request.max_total_tokens = limit if wanted is None else min(limit, request.prompt_len + wanted)
+        request.chain = 0 if request.params.waits_for_its_tokens else self.chain
         self._orders += 1
         request.order = self._orders
         request.key = (request.key[0], request.order)
@@ -177,12 +178,12 @@ class Scheduler:
     def _ranked_running(self) -> list[tuple[int, tuple[int, int], Request]]:
         """Running requests with something to compute; those passed over too long rank first."""
         overdue = self.turn - self.config.starvation_turns
-        prefill_rank, decode_rank, chain = self.policy.prefill_rank, self.policy.decode_rank, self.chain
+        prefill_rank, decode_rank = self.policy.prefill_rank, self.policy.decode_rank
         ranked = []
         for request in self.running:
             pending, planned, key = request.pending, request.planned, request.key
             total = len(request.tokens) + pending
-            if pending > chain or planned >= total or (pending and total >= request.max_total_tokens):
+            if pending > request.chain or planned >= total or (pending and total >= request.max_total_tokens):
                 continue  # nothing to compute yet, or its last token is on the way
             prefill = planned < request.prefill_end
             if request.last_turn <= overdue:

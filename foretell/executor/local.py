@@ -44,7 +44,7 @@ class LocalExecutor:
         try:
             results = self.runner.execute(batch)
         except Exception as error:  # this batch's requests end with a reason; the engine and the others go on
-            results = [ChunkResult(chunk.request_id, error=_reason(error)) for chunk in batch.chunks]
+            results = [ChunkResult(chunk.request_id, error=failure_reason(error)) for chunk in batch.chunks]
         return Result(batch.id, results, started, self.now, self.runner.parts)
 
     def wake(self) -> None:
@@ -55,7 +55,8 @@ class LocalExecutor:
         self.runner.release()
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+def failure_reason(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, MemoryError) or any(sign in text for sign in ("can't allocate memory", "out of memory")):
         return "out of memory while computing this step: lower max_num_batched_tokens or kv_cache_bytes"
-    return f"computing this step failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return f"computing this step failed: {type(error).__name__}: {text.splitlines()[0] if text else ''}"

@@ -10,13 +10,12 @@ import torch
 
 from foretell.core.messages import Batch, Chunk, ChunkResult
 from foretell.kernels.base import BatchContext, KVGroupView, KVLayer
-from foretell.worker.sampler import Sampler, token_logprobs
+from foretell.worker.prompt_logprobs import gather_prompt_logprobs
+from foretell.worker.sampler import Sampler
 from foretell.worker.state import RequestState
 
 if TYPE_CHECKING:
     from foretell.model.transformer import Transformer
-
-PROMPT_LOGPROB_ROWS = 128  # positions whose full logits are held at once
 
 
 class ModelRunner:
@@ -123,7 +122,7 @@ class ModelRunner:
             start, end = end, end + chunk.length
             state = self.states[chunk.request_id]
             if state.prompt_logprobs_due:
-                self._gather_prompt_logprobs(state, chunk, hidden[start:end])
+                gather_prompt_logprobs(self.model, state, chunk, hidden[start:end])
             if chunk.sample:
                 rows.append(end - 1)
                 sampled.append(state)
@@ -138,15 +137,3 @@ class ModelRunner:
                 state.prompt_logprobs_due = False
             results.append(result)
         return results
-
-    def _gather_prompt_logprobs(self, state: RequestState, chunk: Chunk, hidden: torch.Tensor) -> None:
-        """The hidden state at position p predicts token p + 1; hidden [chunk.length, h]."""
-        last = min(chunk.length, state.prompt_len - 1 - chunk.start)
-        for begin in range(0, last, PROMPT_LOGPROB_ROWS):
-            stop = min(begin + PROMPT_LOGPROB_ROWS, last)
-            logits = self.model.logits(hidden[begin:stop])
-            first = chunk.start + begin + 1
-            targets = torch.from_numpy(state.tokens[first : first + stop - begin].copy())
-            state.prompt_logprobs += token_logprobs(
-                logits, targets, [state.params.prompt_logprobs or 0] * len(targets)
-            )

@@ -69,7 +69,8 @@ class Sampler:
             chosen = [states[i] for i in drawn]
             temperatures = torch.tensor([max(s.params.temperature, 1e-4) for s in chosen])
             scaled = _rows(logits, drawn) / temperatures[:, None]
-            tokens[drawn] = draw(truncate(scaled, chosen), chosen)
+            u = torch.tensor([uniform(s.params.seed or 0, s.num_outputs) for s in chosen], dtype=torch.float64)
+            tokens[drawn] = draw(truncate(scaled, chosen), u)
         return tokens
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, states: list[RequestState]) -> list[TokenLogprobs | None]:
@@ -173,35 +174,42 @@ def _keep_nucleus(probs: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Te
     """Top-k, then top-p of what top-k left: tokens whose predecessors' mass, in descending order, is < top_p.
     Looks at the ``width`` likeliest first; rows for which they do not suffice are done again with more."""
     vocab = probs.shape[-1]
-    values, ids = probs.topk(width, dim=-1)
-    inside = torch.arange(width)[None, :] < top_k[:, None]
-    values = torch.where(inside, values.double(), 0.0)
-    total = values.sum(-1)
-    before = values.cumsum(-1) - values
-    mass = torch.where(top_k <= width, total, 1.0)
-    kept = inside & (before < (top_p * mass)[:, None])
-    result = torch.zeros_like(probs).scatter_(1, ids, torch.where(kept, values, 0.0).to(probs.dtype))
-    if width < vocab:  # the candidates suffice when a row's top-k or nucleus ends within them
-        short = ~((top_k <= width) | ((top_k == vocab) & (total >= top_p)))
+    result, short = keep_likeliest(probs, top_k, top_p, width)
+    if width < vocab:
         again = short.nonzero()[:, 0]
         if len(again):
             result[again] = _keep_nucleus(probs[again], top_k[again], top_p[again], min(vocab, width * 16))
     return result
 
 
-def draw(probs: Tensor, states: list[RequestState]) -> Tensor:
-    """One token per row [R] by inverting the cumulative distribution; probs [R, vocab] need not sum to 1.
+def keep_likeliest(probs: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The same among the ``width`` likeliest of each row, and in which rows those did not suffice. No host sync."""
+    vocab = probs.shape[-1]
+    values, ids = probs.topk(width, dim=-1)
+    inside = torch.arange(width, device=probs.device)[None, :] < top_k[:, None]
+    values = torch.where(inside, values.double(), 0.0)
+    total = values.sum(-1)
+    before = values.cumsum(-1) - values
+    mass = torch.where(top_k <= width, total, 1.0)
+    kept = inside & (before < (top_p * mass)[:, None])
+    result = torch.zeros_like(probs).scatter_(1, ids, torch.where(kept, values, 0.0).to(probs.dtype))
+    # the candidates suffice when a row's top-k or nucleus ends within them
+    return result, ~((top_k <= width) | ((top_k == vocab) & (total >= top_p)))
+
+
+def draw(probs: Tensor, u: Tensor) -> Tensor:
+    """One token per row [R] by inverting the cumulative distribution at u [R] float64 in (0, 1); probs [R, vocab]
+    need not sum to 1.
     First among runs of ``RUN`` tokens, then within the run: one cheap pass over the vocabulary."""
     count, vocab = probs.shape
     whole = vocab // RUN
     sums = probs[:, : whole * RUN].reshape(count, whole, RUN).sum(-1)
     ends = torch.cat((sums, probs[:, whole * RUN :].sum(-1, keepdim=True)), dim=1).double().cumsum(-1)
-    u = torch.tensor([uniform(s.params.seed or 0, s.num_outputs) for s in states], dtype=torch.float64)
     threshold = u[:, None] * ends[:, -1:]
     run = torch.searchsorted(ends, threshold, right=True).clamp(max=whole)
     begin = torch.where(run > 0, ends.gather(1, (run - 1).clamp(min=0)), 0.0)
     share = ((threshold - begin) / (ends.gather(1, run) - begin)).clamp(max=1 - 1e-9)
-    ids = run * RUN + torch.arange(RUN)
+    ids = run * RUN + torch.arange(RUN, device=probs.device)
     inner = torch.where(ids < vocab, probs.gather(1, ids.clamp(max=vocab - 1)), 0.0).double().cumsum(-1)
     offset = torch.searchsorted(inner, share * inner[:, -1:], right=True)
     return (run * RUN + offset)[:, 0].clamp(max=vocab - 1)

@@ -1,0 +1,297 @@
+"""One rank's work on a device that runs ahead of the CPU: submit enqueues a step and returns, collect waits for it.
+
+Tokens stay where they are made: a chunk whose token the CPU has not seen yet reads the last token of its slot.
+Every size that shapes a launch is known on the CPU, so nothing here waits for the device but ``collect``, and
+the few requests whose next token takes the CPU (``SamplingParams.waits_for_its_tokens``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from foretell.config import SchedulerConfig
+from foretell.core.messages import Added, Batch, Chunk, ChunkResult
+from foretell.kernels.base import KVLayer
+from foretell.worker.device_sampler import DrawPlan, draw_tokens, greedy_tokens
+from foretell.worker.prompt_logprobs import gather_prompt_logprobs
+from foretell.worker.sampler import Sampler
+from foretell.worker.state import RequestState
+from foretell.worker.step_buffers import StepBuffers, StepLayout, Unpack, step_layout, unpack_torch
+
+if TYPE_CHECKING:
+    from foretell.model.transformer import Transformer
+    from foretell.worker.cuda_graphs import StepGraphs
+
+IN_FLIGHT = 3  # blocks of pinned memory: two steps in flight, and the one being filled
+NOT_FINITE = "the model's logits are not finite: the weights or the dtype are unsuitable"
+
+
+@dataclass(slots=True)
+class Step:
+    """A step that has been submitted: what its results will be made of."""
+
+    batch: Batch
+    states: list[RequestState]  # one per chunk
+    sampled: Tensor  # [S] pinned; -1: not finite. Valid once ``ready``
+    on_cpu: list[int] = field(default_factory=list)  # rows whose token the CPU chooses, from ``logits``
+    logits: Tensor | None = None  # [len(on_cpu), vocab] float32, pinned
+    ready: torch.cuda.Event | None = None
+    launched_seconds: float = 0.0  # CPU time of submit
+
+
+class DeviceRunner:
+    """Turns batches into sampled tokens with a model and a KV cache on one device.
+
+    ``kv`` has one block more per group than the scheduler knows of, ``spare_blocks``: padding goes there.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        kv: list[KVLayer],
+        config: SchedulerConfig,
+        spare_blocks: tuple[int, ...],
+        device: torch.device,
+        *,
+        unpack: Unpack = unpack_torch,
+        graphs: StepGraphs | None = None,
+    ) -> None:
+        self.model = model
+        self.kv = kv
+        self.config = config
+        self.device = device
+        self.unpack = unpack
+        self.graphs = graphs
+        self.num_groups = len(spare_blocks)
+        self.vocab_size = model.spec.vocab_size
+        self.buffers = StepBuffers(config, spare_blocks, self.vocab_size, device, in_flight=IN_FLIGHT)
+        self.draws = DrawPlan(config.max_num_seqs, device, in_flight=IN_FLIGHT)
+        self.sampler = Sampler(self.vocab_size)
+        self.states: dict[int, RequestState] = {}
+        self.slots: dict[int, int] = {}
+        self.free_slots = list(range(config.max_num_seqs))[::-1]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream_set = False
+        self._step = 0
+
+    def release(self) -> None:
+        """Let go of weights, KV cache and buffers; nothing can be executed any more."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        if self.graphs is not None:
+            self.graphs.release()
+        self.kv.clear()
+        self.states.clear()
+        del self.model, self.buffers, self.draws
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # -- submit -------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def submit(self, batch: Batch) -> Step:
+        """Enqueue the batch. What was known of requests and blocks is brought up to date even if this fails."""
+        started = time.perf_counter()
+        if self.stream is not None and not self._stream_set:  # a setting of the calling thread
+            torch.cuda.set_stream(self.stream)
+            self._stream_set = True
+        self._step += 1
+        ring = self._step % IN_FLIGHT
+        self._admit(batch)
+        states = [self.states[chunk.request_id] for chunk in batch.chunks]
+        logits = self._forward(batch.chunks, states, ring)
+        step = self._sample(batch, states, logits, ring)
+        if self.stream is not None:
+            step.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            step.ready.record(self.stream)
+        step.launched_seconds = time.perf_counter() - started
+        return step
+
+    def _admit(self, batch: Batch) -> None:
+        for request_id in batch.removed:
+            if self.states.pop(request_id, None) is not None:
+                self.free_slots.append(self.slots.pop(request_id))
+        for added in batch.added:
+            self._add(added)
+
+    def _add(self, added: Added) -> None:
+        self.states[added.request_id] = RequestState(added, self.num_groups)
+        self.slots[added.request_id] = self.free_slots.pop()
+
+    def _forward(self, chunks: list[Chunk], states: list[RequestState], ring: int) -> Tensor:
+        """Logits [≥ S, vocab] of the last token of every chunk; ``buffers.sampled`` has the likeliest tokens."""
+        num_tokens = sum([chunk.length for chunk in chunks])
+        decode = num_tokens == len(chunks)
+        if decode and self.graphs is not None and (size := self._graph_size(self.graphs, states)):
+            layout = step_layout(size, size, self.num_groups)
+            self._send(layout, chunks, states, ring)
+            return self.graphs.run(size, self._decode)
+        layout = step_layout(len(chunks), num_tokens, self.num_groups)
+        num_new = self._send(layout, chunks, states, ring)
+        max_query_len = max([chunk.length for chunk in chunks])
+        max_kv_len = max([chunk.start + chunk.length for chunk in chunks])
+        self.unpack(self.buffers, layout, max_query_len, num_new)
+        hidden = self._hidden(layout, max_query_len, max_kv_len)
+        self._prompt_logprobs(chunks, states, hidden)
+        if not decode:
+            last = self.buffers.staging[layout.query_starts][1:] - 1
+            hidden = hidden.index_select(0, last)
+        return self._greedy(layout, hidden)
+
+    @staticmethod
+    def _graph_size(graphs: StepGraphs, states: list[RequestState]) -> int:
+        """Sequences of the smallest graph that holds these; 0: none does, or they want more than tokens."""
+        if any(state.prompt_logprobs_due for state in states):
+            return 0
+        return graphs.size_for(len(states))
+
+    def _decode(self, size: int) -> Tensor:
+        """A step of one token for each of ``size`` sequences: what a CUDA graph holds."""
+        layout = step_layout(size, size, self.num_groups)
+        self.unpack(self.buffers, layout, 1, None)
+        return self._greedy(layout, self._hidden(layout, 1, self.config.max_model_len))
+
+    def _hidden(self, layout: StepLayout, max_query_len: int, max_kv_len: int) -> Tensor:
+        context = self.buffers.context(layout, max_query_len, max_kv_len)
+        return self.model.forward(self.buffers.token_ids[: layout.num_tokens], context, self.kv)
+
+    def _greedy(self, layout: StepLayout, hidden: Tensor) -> Tensor:
+        logits = self.model.logits(hidden)
+        sampled = self.buffers.sampled[: layout.num_seqs]
+        sampled.copy_(greedy_tokens(logits))
+        self.buffers.last_token.index_copy_(0, self.buffers.staging[layout.slots].long(), sampled)
+        return logits
+
+    def _send(self, layout: StepLayout, chunks: list[Chunk], states: list[RequestState], ring: int) -> Sequence[int]:
+        """Fill this step's block of words and copy it; new blocks per group."""
+        words = self.buffers.staging_host[ring].numpy()
+        spare = [self.buffers.spare_slot] * (layout.num_seqs - len(chunks))
+        words[layout.slots] = [self.slots[chunk.request_id] for chunk in chunks] + spare
+        words[layout.starts] = [chunk.start for chunk in chunks] + [0] * len(spare)
+        tokens, query_starts, at = words[layout.tokens], [0], 0
+        tokens[len(chunks) if spare else layout.num_tokens :] = 0
+        for chunk, state in zip(chunks, states, strict=True):
+            length, start = chunk.length, chunk.start
+            if length == 1:
+                tokens[at] = state.tokens[start] if start < state.num_tokens else -1
+            else:
+                tokens[at : at + length] = state.tokens[start : start + length]
+            at += length
+            query_starts.append(at)
+        query_starts += range(at + 1, at + 1 + len(spare))
+        words[layout.query_starts] = query_starts
+        return self._send_blocks(layout, chunks, states, ring)
+
+    def _send_blocks(
+        self, layout: StepLayout, chunks: list[Chunk], states: list[RequestState], ring: int
+    ) -> Sequence[int]:
+        words = self.buffers.staging_host[ring].numpy()
+        pad = [0] * (layout.num_seqs - len(chunks))
+        end, num_new = layout.new_blocks, []
+        for group in range(self.num_groups):
+            first_new, new_starts, count = [], [0], 0
+            for chunk, state in zip(chunks, states, strict=True):
+                new, held = chunk.new_block_ids[group], state.num_blocks[group]
+                if new:
+                    if end + len(new) > len(words):  # a very long prefix hit: ahead of the step, on its own
+                        self._write_table(group, self.slots[state.id], held, new)
+                    else:
+                        # dropped blocks (-1) are never read, any valid id will do
+                        words[end : end + len(new)] = [b if b > 0 else 0 for b in new]
+                        end += len(new)
+                        count += len(new)
+                    state.num_blocks[group] = held + len(new)
+                first_new.append(held)
+                new_starts.append(count)
+            words[layout.first_new[group]] = first_new + pad
+            words[layout.new_starts[group]] = new_starts + [count] * len(pad)
+            num_new.append(count)
+        self._shift_starts(words, layout, num_new)
+        self.buffers.send(ring, end)
+        return num_new
+
+    @staticmethod
+    def _shift_starts(words: object, layout: StepLayout, num_new: Sequence[int]) -> None:
+        """Ids of all groups lie one group after the other."""
+        before = 0
+        for group, count in enumerate(num_new):
+            if before:
+                words[layout.new_starts[group]] += before  # type: ignore[index]
+            before += count
+
+    def _write_table(self, group: int, slot: int, first: int, blocks: Sequence[int]) -> None:
+        ids = torch.tensor([max(0, b) for b in blocks], dtype=torch.int32)
+        self.buffers.resident[group][slot, first : first + len(blocks)] = ids.to(self.device)
+
+    # -- sampling -----------------------------------------------------------------------------------
+
+    def _sample(self, batch: Batch, states: list[RequestState], logits: Tensor, ring: int) -> Step:
+        """Rows that draw overwrite their likeliest token; tokens, and logits for the CPU, are on their way back."""
+        drawn, on_cpu = [], []
+        for row, (chunk, state) in enumerate(zip(batch.chunks, states, strict=True)):
+            params = state.params
+            if not chunk.sample:
+                continue
+            if params.reshapes_logits or params.logprobs is not None:
+                on_cpu.append(row)
+            elif params.temperature > 0:
+                drawn.append((row, params, chunk.start + chunk.length - state.prompt_len))
+        count = len(batch.chunks)
+        if drawn:
+            plan, width = self.draws.send(ring, drawn, self.vocab_size)
+            tokens, rows = draw_tokens(logits, plan, width), plan[0].long()
+            self.buffers.sampled.index_copy_(0, rows, tokens)
+            slots = self.buffers.staging[: self.buffers.max_seqs].index_select(0, rows)  # a layout begins with them
+            self.buffers.last_token.index_copy_(0, slots.long(), tokens)
+        host = self.buffers.sampled_host[ring][:count]
+        host.copy_(self.buffers.sampled[:count], non_blocking=True)
+        return Step(batch, states, host, on_cpu, self._copy_rows(logits, on_cpu) if on_cpu else None)
+
+    def _copy_rows(self, logits: Tensor, rows: list[int]) -> Tensor:
+        if self.stream is None:
+            return logits[rows].float()
+        at = torch.tensor(rows, pin_memory=True).to(self.device, non_blocking=True)
+        host = torch.empty(len(rows), self.vocab_size, dtype=torch.float32, pin_memory=True)
+        return host.copy_(logits.index_select(0, at), non_blocking=True)
+
+    def _prompt_logprobs(self, chunks: list[Chunk], states: list[RequestState], hidden: Tensor) -> None:
+        at = 0
+        for chunk, state in zip(chunks, states, strict=True):
+            if state.prompt_logprobs_due:  # rare, and waits for the device
+                gather_prompt_logprobs(self.model, state, chunk, hidden[at : at + chunk.length])
+            at += chunk.length
+
+    # -- collect ------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def collect(self, step: Step) -> list[ChunkResult]:
+        """Wait for a step; results for chunks that sample, in batch order. Steps are collected in order."""
+        if step.ready is not None:
+            step.ready.synchronize()
+        chosen: dict[int, ChunkResult] = {}
+        if step.logits is not None:
+            states = [step.states[row] for row in step.on_cpu]
+            chosen = dict(zip(step.on_cpu, self.sampler(step.logits, states), strict=True))
+        results = []
+        for row, (chunk, state, token) in enumerate(
+            zip(step.batch.chunks, step.states, step.sampled.tolist(), strict=True)
+        ):
+            if not chunk.sample:
+                continue
+            result = chosen.get(row)
+            if result is None:
+                error = NOT_FINITE if token < 0 else None
+                result = ChunkResult(state.id, None if token < 0 else token, error=error)
+            if result.token_id is not None:
+                state.append(result.token_id)
+            if state.prompt_logprobs_due:
+                result.prompt_logprobs = state.prompt_logprobs
+                state.prompt_logprobs_due = False
+            results.append(result)
+        return results
