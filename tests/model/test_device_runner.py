@@ -4,6 +4,7 @@ of the plain runner, whatever happens around."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -120,7 +121,7 @@ def drain(engine: Engine) -> dict[int, list[Any]]:
     news: dict[int, list[Any]] = {}
     while engine.has_work:
         for output in engine.step():
-            news.setdefault(output.request_id, []).append(output)
+            news.setdefault(output.request_id, []).append(replace(output, progress=None))
     return news
 
 
