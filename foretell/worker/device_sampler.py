@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foretell.core.params import SamplingParams
-from foretell.worker.sampler import FIRST_CANDIDATES, draw, keep_likeliest, uniform
+from foretell.worker.sampler import FIRST_CANDIDATES, draw_at, keep_likeliest, uniform
 
 ROWS_AT_ONCE = 64  # bounds the memory of a pass over [rows, vocab]
 _FIELDS = 6  # row, temperature, top_k, top_p, min_p, uniform number
@@ -71,7 +71,7 @@ def _draw_some(logits: Tensor, plan: Tensor, width: int) -> Tensor:
         probs = torch.where(cut[:, None], kept, probs)
     floor = min_p.to(probs.dtype)[:, None] * probs.amax(dim=-1, keepdim=True)
     probs = torch.where(probs >= floor, probs, 0.0)
-    return torch.where(finite, draw(probs, u), -1)
+    return torch.where(finite, draw_at(probs, u), -1)
 
 
 def greedy_tokens(logits: Tensor) -> Tensor:

@@ -69,8 +69,7 @@ class Sampler:
             chosen = [states[i] for i in drawn]
             temperatures = torch.tensor([max(s.params.temperature, 1e-4) for s in chosen])
             scaled = _rows(logits, drawn) / temperatures[:, None]
-            u = torch.tensor([uniform(s.params.seed or 0, s.num_outputs) for s in chosen], dtype=torch.float64)
-            tokens[drawn] = draw(truncate(scaled, chosen), u)
+            tokens[drawn] = draw(truncate(scaled, chosen), chosen)
         return tokens
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, states: list[RequestState]) -> list[TokenLogprobs | None]:
@@ -197,7 +196,13 @@ def keep_likeliest(probs: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> t
     return result, ~((top_k <= width) | ((top_k == vocab) & (total >= top_p)))
 
 
-def draw(probs: Tensor, u: Tensor) -> Tensor:
+def draw(probs: Tensor, states: list[RequestState]) -> Tensor:
+    """One token per row [R], each at its own request's number."""
+    u = torch.tensor([uniform(s.params.seed or 0, s.num_outputs) for s in states], dtype=torch.float64)
+    return draw_at(probs, u)
+
+
+def draw_at(probs: Tensor, u: Tensor) -> Tensor:
     """One token per row [R] by inverting the cumulative distribution at u [R] float64 in (0, 1); probs [R, vocab]
     need not sum to 1.
     First among runs of ``RUN`` tokens, then within the run: one cheap pass over the vocabulary."""
