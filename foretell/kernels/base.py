@@ -47,6 +47,15 @@ class KVLayer:
     group: int  # index into BatchContext.groups
 
 
+@dataclass(slots=True)
+class HeadNorms:
+    """RMS norms of every query and of every key head, applied before they are rotated (Qwen 3, Gemma 3)."""
+
+    q: Tensor  # [D] float32
+    k: Tensor  # [D] float32
+    eps: float
+
+
 class Linear(Protocol):
     """A weight [N, K] in a backend's own layout (packed, quantised, sharded …), applied as x · Wᵀ + b."""
 
@@ -67,6 +76,7 @@ class Kernels(Protocol):
     """One backend. Functions return new tensors unless their name ends in an underscore."""
 
     name: str
+    defers_sums: bool  # add_rms_norm is one kernel: worth keeping the sum for
 
     def set_threads(self, count: int) -> None:
         """Threads that a call of this backend may use; results do not depend on it."""
@@ -85,12 +95,20 @@ class Kernels(Protocol):
         """x/√(mean(x²)+eps) · weight over the last dimension (Zhang & Sennrich 2019); x [..., C]."""
         ...
 
+    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + y), x + y), of [M, C]: what stands between two halves of a block."""
+        ...
+
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor: ...
 
     def activate(self, x: Tensor, kind: Activation) -> Tensor: ...
 
     def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
         """[M, 2F] (gate | up) → act(gate) · up, [M, F]."""
+        ...
+
+    def gated_linear(self, linear: Linear, x: Tensor, kind: Activation) -> Tensor:
+        """x [M, K] through a layer of [gate; up] rows [2F, K], then gated_activation: [M, F]."""
         ...
 
     def rope_(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -110,6 +128,26 @@ class Kernels(Protocol):
         Token at position p of its sequence sees keys j with j ≤ p and, with a window, j > p - window.
         Query head h reads KV head h // (H / G).
         """
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: HeadNorms | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        kv: KVLayer,
+        context: BatchContext,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """All between the projection of q, k, v and that of the result, [M, H·D]: norm the heads of q and k, rotate
+        them (rope_), keep k and v (write_kv), attention. q [M, H, D], k and v [M, G, D] may be overwritten."""
+        ...
+
+    def best_token(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [R, vocab] → the largest of each row [R] float32 and its first index [R] int64; NaN is largest."""
         ...
 
 

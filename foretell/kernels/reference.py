@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foretell.config import Activation
-from foretell.kernels.base import BatchContext, KVLayer, Linear
+from foretell.kernels.base import BatchContext, HeadNorms, KVLayer, Linear
 
 QUERY_ROWS = 512  # query rows per mask: bounds the mask and score memory of a long prefill chunk
 
@@ -43,6 +43,7 @@ class ReferenceKernels:
     """See ``Kernels``; ``reason`` says why this backend was chosen, where it was not asked for."""
 
     name = "reference"
+    defers_sums = False
 
     def __init__(self, reason: str = "") -> None:
         self.reason = reason
@@ -60,6 +61,10 @@ class ReferenceKernels:
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (wide * scale * weight.float()).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x = x + y
+        return self.rms_norm(x, weight, eps), x
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         wide_bias = None if bias is None else bias.float()
@@ -79,6 +84,9 @@ class ReferenceKernels:
     def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return self.activate(gate, kind) * up
+
+    def gated_linear(self, linear: Linear, x: Tensor, kind: Activation) -> Tensor:
+        return self.gated_activation(linear(x), kind)
 
     def rope_(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         half = cos.shape[-1]
@@ -107,6 +115,31 @@ class ReferenceKernels:
                 visible = position + last - first
                 out[first:last] = _chunk_attention(q[first:last], kv, tables[s], visible, scale, window)
         return out.flatten(1)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: HeadNorms | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        kv: KVLayer,
+        context: BatchContext,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        if norms is not None:
+            q = self.rms_norm(q.contiguous(), norms.q, norms.eps)
+            k = self.rms_norm(k.contiguous(), norms.k, norms.eps)
+        if rotation is not None:
+            self.rope_(q, *rotation)
+            self.rope_(k, *rotation)
+        self.write_kv(k, v, kv, context)
+        return self.attention(q, kv, context, scale, window)
+
+    def best_token(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        best, token = logits.max(dim=-1)
+        return best.float(), token
 
 
 def _chunk_attention(q: Tensor, kv: KVLayer, table: Tensor, kv_len: int, scale: float, window: int | None) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foretell.kernels.base import BatchContext, Kernels, KVLayer, Linear
+from foretell.kernels.base import BatchContext, HeadNorms, Kernels, KVLayer, Linear
 from foretell.model.norm import Norm
 from foretell.model.rope import Rotation
 
@@ -27,28 +27,22 @@ class Attention:
     head_dim: int
     scale: float
     window: int | None
-    q_norm: Norm | None = None
+    head_norms: HeadNorms | None = None  # each query and key head is normed by itself
+    q_norm: Norm | None = None  # the whole projection is, all heads together
     k_norm: Norm | None = None
-    norm_heads: bool = True  # q_norm/k_norm see one head at a time; False: the whole projection
 
     def __call__(self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Tensor:
         """x [M, h] → [M, h]; the tokens' keys and values stay behind in the cache, the queries do not."""
         q, k, v = self.project(x)
-        if rotation is not None:
-            self.kernels.rope_(q, *rotation)
-            self.kernels.rope_(k, *rotation)
-        self.kernels.write_kv(k, v, kv, context)
-        mixed = self.kernels.attention(q, kv, context, self.scale, self.window)
+        mixed = self.kernels.attend(q, k, v, self.head_norms, rotation, kv, context, self.scale, self.window)
         return self.o(mixed)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [M, h] → q [M, H, D], k [M, G, D], v [M, G, D]: views of one product, x · [W_q W_k W_v]ᵀ."""
         heads = self.qkv(x).view(len(x), -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self._normed(q, self.q_norm), self._normed(k, self.k_norm), v
+        return _normed(q, self.q_norm), _normed(k, self.k_norm), v
 
-    def _normed(self, x: Tensor, norm: Norm | None) -> Tensor:
-        if norm is None:
-            return x
-        x = x.contiguous()
-        return norm(x) if self.norm_heads else norm(x.flatten(1)).view_as(x)
+
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else norm(x.flatten(1)).view_as(x)

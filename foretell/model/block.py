@@ -10,12 +10,13 @@ from foretell.kernels.base import BatchContext, KVLayer
 from foretell.model.attention import Attention
 from foretell.model.mlp import MLP
 from foretell.model.norm import Norm
+from foretell.model.residual import Residual, total
 from foretell.model.rope import Rotation
 
 
-def unchanged(x: Tensor) -> Tensor:
+def unchanged(x: Residual) -> Tensor:
     """The norm that a family does not have at this place."""
-    return x
+    return total(x)
 
 
 @dataclass(slots=True)
@@ -31,7 +32,7 @@ class Block:
     residual_multiplier: float = 1.0
     parallel: bool = False  # both halves read the same x (GPT-J's form, used by GPT-NeoX and Falcon)
 
-    def __call__(self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Tensor:
+    def __call__(self, x: Residual, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Residual:
         """x [M, h] → [M, h]."""
         if self.parallel:
             attended = self.attention(self.attention_norm(x), rotation, context, kv)
@@ -52,7 +53,7 @@ class SharedNormBlock:
     mlp: MLP
     norm: Norm
 
-    def __call__(self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Tensor:
+    def __call__(self, x: Residual, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Residual:
         """x [M, h] → [M, h]."""
         normed = self.norm(x)
         return x + self.attention(normed, rotation, context, kv) + self.mlp(normed)

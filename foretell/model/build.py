@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from foretell.config import ModelSpec
-from foretell.kernels.base import Kernels, Linear
+from foretell.kernels.base import HeadNorms, Kernels, Linear
 from foretell.model.attention import Attention
 from foretell.model.block import Block, SharedNormBlock
 from foretell.model.mlp import MLP, GatedMLP, PlainMLP
 from foretell.model.norm import Norm, make_norm
 from foretell.model.parameters import layer_norm_names, layer_prefix, weight_shapes
+from foretell.model.residual import PendingSum, Residual
 from foretell.model.transformer import Embedding, Head, Transformer
 from foretell.model.weights import Weights
 from foretell.store.gguf_rows import QuantisedRows, stacked
@@ -71,9 +72,13 @@ class Builder:
             blocks=blocks,
             final_norm=self.norm("final_norm") if layers.stop == spec.num_layers else None,
             first_layer=layers.start,
+            stream=self.stream if self.kernels.defers_sums else None,
             weight_bytes=self.weight_bytes,
             weight_format=self.weight_format(),
         )
+
+    def stream(self, x: Tensor) -> Residual:
+        return PendingSum(self.kernels, x)
 
     def weight_format(self) -> str:
         """How the linear layers' weights are kept, for people."""
@@ -123,7 +128,7 @@ class Builder:
 
     def attention(self, layer: int) -> Attention:
         spec, prefix = self.spec, layer_prefix(layer) + "attention."
-        normed = spec.qk_norm != "none"
+        whole = spec.qk_norm == "full"
         return Attention(
             kernels=self.kernels,
             qkv=self.linear(prefix + "q", prefix + "k", prefix + "v"),
@@ -133,9 +138,9 @@ class Builder:
             head_dim=spec.head_dim,
             scale=spec.attention_scale,
             window=spec.windows[layer],
-            q_norm=self.rms_norm(prefix + "q_norm") if normed else None,
-            k_norm=self.rms_norm(prefix + "k_norm") if normed else None,
-            norm_heads=spec.qk_norm == "head",
+            head_norms=self.head_norms(prefix) if spec.qk_norm == "head" else None,
+            q_norm=self.rms_norm(prefix + "q_norm") if whole else None,
+            k_norm=self.rms_norm(prefix + "k_norm") if whole else None,
         )
 
     def mlp(self, layer: int) -> MLP:
@@ -184,6 +189,10 @@ class Builder:
         weight = self.tensor(f"{name}.weight", torch.float32).clone()  # not the mapped file
         bias = self.tensor(f"{name}.bias", torch.float32).clone() if self.spec.norm_bias else None
         return make_norm(self.kernels, self.spec.norm, weight, bias, self.spec.norm_eps)
+
+    def head_norms(self, prefix: str) -> HeadNorms:
+        q, k = (self.tensor(f"{prefix}{name}.weight", torch.float32).clone() for name in ("q_norm", "k_norm"))
+        return HeadNorms(q, k, self.spec.norm_eps)
 
     def rms_norm(self, name: str) -> Norm:
         weight = self.tensor(f"{name}.weight", torch.float32).clone()

@@ -29,7 +29,7 @@ class GatedMLP:
     activation: Activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.kernels.gated_activation(self.gate_up(x), self.activation))
+        return self.down(self.kernels.gated_linear(self.gate_up, x, self.activation))
 
 
 @dataclass(slots=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from foretell.config import Norm as NormKind
 from foretell.kernels.base import Kernels
+from foretell.model.residual import PendingSum, Residual, total
 
-Norm = Callable[[Tensor], Tensor]  # [..., C] → [..., C]
+Norm = Callable[[Residual], Tensor]  # [..., C] → [..., C]
 
 
 @dataclass(slots=True)
@@ -19,7 +20,9 @@ class RMSNorm:
     weight: Tensor  # [C] float32
     eps: float
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Residual) -> Tensor:
+        if isinstance(x, PendingSum):
+            return x.rms_normed(self.weight, self.eps)
         return self.kernels.rms_norm(x, self.weight, self.eps)
 
 
@@ -30,8 +33,8 @@ class LayerNorm:
     bias: Tensor | None
     eps: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
+    def __call__(self, x: Residual) -> Tensor:
+        return self.kernels.layer_norm(total(x), self.weight, self.bias, self.eps)
 
 
 def make_norm(kernels: Kernels, kind: NormKind, weight: Tensor, bias: Tensor | None, eps: float) -> Norm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from foretell.config import ModelSpec
 from foretell.kernels.base import BatchContext, KVLayer, Linear
 from foretell.model.block import Block, SharedNormBlock
 from foretell.model.norm import Norm
+from foretell.model.residual import Residual, total
 from foretell.model.rope import RotaryTable, Rotation
 from foretell.store.gguf_rows import QuantisedRows
 
@@ -60,6 +61,7 @@ class Transformer:
     final_norm: Norm | None
     head: Head | None
     first_layer: int = 0
+    stream: Callable[[Tensor], Residual] | None = None  # what blocks add to, where that is not the plain tensor
     weight_bytes: int = 0  # memory of linear layers and embeddings
     weight_format: str = ""  # how the linear layers' weights are kept, for people
     rope: RotaryTable | None = field(init=False)
@@ -78,8 +80,10 @@ class Transformer:
         assert self.embedding is not None, "only the first pipeline stage embeds"
         return self.embedding(token_ids, context.positions)
 
-    def run_blocks(self, x: Tensor, context: BatchContext, kv: Sequence[KVLayer]) -> Tensor:
+    def run_blocks(self, x: Residual, context: BatchContext, kv: Sequence[KVLayer]) -> Residual:
         """[M, h] → [M, h] through this stage's layers."""
+        if self.stream is not None:
+            x = self.stream(total(x))
         full = self._rotation(self.rope, context)
         local = full if self.local_rope is self.rope else self._rotation(self.local_rope, context)
         for layer, (block, layer_kv) in enumerate(zip(self.blocks, kv, strict=True), self.first_layer):
@@ -87,7 +91,7 @@ class Transformer:
             x = block(x, rotation, context, layer_kv)
         return x
 
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Residual) -> Tensor:
         """[M, h] → [M, h], what the head and poolers read."""
         assert self.final_norm is not None, "only the last pipeline stage applies the final norm"
         return self.final_norm(x)

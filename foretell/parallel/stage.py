@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foretell.core.messages import Batch, ChunkResult
 from foretell.kernels.base import KVLayer
+from foretell.model.residual import Residual, total
 from foretell.worker.runner import ModelRunner
 from foretell.worker.sampler import Sampler
 from foretell.worker.state import RequestState
@@ -56,6 +57,7 @@ class StageRunner(ModelRunner):
         token_ids, context = self._inputs(batch.chunks)
         prepared = time.perf_counter()
         place, model = self.comm.place, self.model
+        x: Residual
         if place.is_first:
             x = model.embed(token_ids, context)
         else:
@@ -63,7 +65,7 @@ class StageRunner(ModelRunner):
         received = time.perf_counter()
         x = model.run_blocks(x, context, self.kv)
         if not place.is_last:
-            self.comm.send_on(x)
+            self.comm.send_on(total(x))
             return []
         hidden = model.finish(x)
         forwarded = time.perf_counter()

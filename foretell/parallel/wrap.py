@@ -15,6 +15,7 @@ from foretell.kernels.base import Linear
 from foretell.model.attention import Attention
 from foretell.model.mlp import GatedMLP, PlainMLP
 from foretell.model.norm import RMSNorm
+from foretell.model.residual import Residual, total
 from foretell.model.transformer import Embedding, Head, Transformer
 from foretell.parallel.comm import Group
 
@@ -76,10 +77,11 @@ class SharedRMSNorm:
     own: RMSNorm
     group: Group
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Residual) -> Tensor:
+        x = total(x)
         wide = x.float()
-        total = self.group.sum_(wide.square().sum(-1, keepdim=True))
-        scale = torch.rsqrt(total / (x.shape[-1] * self.group.size) + self.own.eps)
+        squares = self.group.sum_(wide.square().sum(-1, keepdim=True))
+        scale = torch.rsqrt(squares / (x.shape[-1] * self.group.size) + self.own.eps)
         return (wide * scale * self.own.weight.float()).to(x.dtype)
 
 
@@ -102,8 +104,7 @@ def wrap(model: Transformer, group: Group, vocab_size: int) -> Transformer:
 
 def share_attention(attention: Attention, group: Group) -> None:
     attention.o = SummedLinear(attention.o, group)
-    if not attention.norm_heads:
-        for name in ("q_norm", "k_norm"):
-            norm = getattr(attention, name)
-            if isinstance(norm, RMSNorm):
-                setattr(attention, name, SharedRMSNorm(norm, group))
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(attention, name)
+        if isinstance(norm, RMSNorm):
+            setattr(attention, name, SharedRMSNorm(norm, group))
