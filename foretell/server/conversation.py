@@ -1,0 +1,75 @@
+"""Items and blocks of other interfaces → chat messages, as models' templates know them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from foretell.errors import InvalidRequestError
+
+Message = dict[str, Any]
+
+
+class Conversation:
+    """Chat messages, one after another. What an assistant thinks, says and then calls is one message of its."""
+
+    def __init__(self, messages: Iterable[Message] = ()) -> None:
+        self.messages: list[Message] = list(messages)
+        self._turn: Message | None = None  # the assistant's message that may still grow
+        self._names = {call["id"]: call["function"]["name"] for m in self.messages for call in m.get("tool_calls", ())}
+
+    def say(self, role: str, text: str) -> None:
+        """A message of anybody but the assistant."""
+        self.messages.append({"role": role, "content": text})
+        self._turn = None
+
+    def think(self, text: str) -> None:
+        """Reasoning that goes before what the assistant says or calls next."""
+        self._turn = {"role": "assistant", "content": "", "reasoning_content": text}
+        self.messages.append(self._turn)
+
+    def answer(self, text: str) -> None:
+        """Words of the assistant. A second message of its stays a second message."""
+        if self._turn is None or self._turn["content"] or "tool_calls" in self._turn:
+            self._turn = {"role": "assistant", "content": ""}
+            self.messages.append(self._turn)
+        self._turn["content"] = text
+
+    def call(self, id: str, name: str, arguments: str) -> None:
+        """A tool call of the assistant; ``arguments`` is JSON text of an object."""
+        _check_arguments(arguments, id)
+        if self._turn is None:
+            self._turn = {"role": "assistant", "content": ""}
+            self.messages.append(self._turn)
+        function = {"name": name, "arguments": arguments}
+        self._turn.setdefault("tool_calls", []).append({"id": id, "type": "function", "function": function})
+        self._names[id] = name
+
+    def result(self, id: str, text: str) -> None:
+        """What a tool gave back. InvalidRequestError if nothing called it."""
+        if id not in self._names:
+            raise InvalidRequestError(f"there is a result for the tool call {id[:64]!r}, but no such call before it")
+        self.messages.append({"role": "tool", "content": text, "tool_call_id": id, "name": self._names[id]})
+        self._turn = None
+
+
+def shorten(messages: list[Message]) -> list[Message]:
+    """The conversation without its oldest message that may go; itself if none may. System messages stay, and so does
+    the last one of the others; a tool's result goes with the call it answers."""
+    others = [i for i, message in enumerate(messages) if message["role"] != "system"]
+    if len(others) < 2:
+        return messages
+    end = next((i for i in others[1:] if messages[i]["role"] != "tool"), None)
+    if end is None:
+        return messages
+    return [message for i, message in enumerate(messages) if message["role"] == "system" or i >= end]
+
+
+def _check_arguments(arguments: str, id: str) -> None:
+    try:
+        parsed = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InvalidRequestError(f"the arguments of the tool call {id[:64]!r} are no JSON object")
