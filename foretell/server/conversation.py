@@ -17,7 +17,9 @@ class Conversation:
     def __init__(self, messages: Iterable[Message] = ()) -> None:
         self.messages: list[Message] = list(messages)
         self._turn: Message | None = None  # the assistant's message that may still grow
-        self._names = {call["id"]: call["function"]["name"] for m in self.messages for call in m.get("tool_calls", ())}
+        self._names = {
+            call["id"]: call["function"]["name"] for m in self.messages for call in m.get("tool_calls", ())
+        }
 
     def say(self, role: str, text: str) -> None:
         """A message of anybody but the assistant."""

@@ -40,7 +40,11 @@ class MessageEvents:
         events = [_event(block_event) for block_event in self.stream.finish()]
         end = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
         self.message.update(content=[_content(block) for block in self.stream.blocks], usage=usage, **end)
-        return [*events, {"type": "message_delta", "delta": end, "usage": _delta_usage(usage)}, {"type": "message_stop"}]
+        return [
+            *events,
+            {"type": "message_delta", "delta": end, "usage": _delta_usage(usage)},
+            {"type": "message_stop"},
+        ]
 
 
 def _event(event: BlockEvent) -> Event:

@@ -41,9 +41,7 @@ class ResponseEvents:
         snapshot = {**self.response, "output": []}
         return [self._event(f"response.{name}", response=snapshot) for name in ("created", "in_progress")]
 
-    def push(
-        self, text: str, calls: Sequence[ToolCallDelta] = (), logprobs: Sequence[Logprob] = ()
-    ) -> list[Event]:
+    def push(self, text: str, calls: Sequence[ToolCallDelta] = (), logprobs: Sequence[Logprob] = ()) -> list[Event]:
         self._logprobs.extend(logprobs)
         self._unsent += len(logprobs)
         return [event for block_event in self.stream.push(text, calls) for event in self._events(block_event)]
@@ -77,7 +75,9 @@ class ResponseEvents:
         if event.verb == "open":
             return self._open_text(block) if block.kind == "text" else self._open_call(block)
         if event.verb == "grow":
-            return [self._grow_text(block, event.delta) if block.kind == "text" else self._grow_call(block, event.delta)]
+            return [
+                self._grow_text(block, event.delta) if block.kind == "text" else self._grow_call(block, event.delta)
+            ]
         item = self._items[block.position]
         item["status"] = status
         done = self._close_text(block, item) if block.kind == "text" else self._close_call(block, item)

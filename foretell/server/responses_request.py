@@ -90,7 +90,10 @@ def _chat_tool(tool: Any) -> dict[str, Any]:
 def begin_response(request: ResponsesRequest, model: str) -> dict[str, Any]:
     """The response object before anything is answered; it repeats what was asked."""
     text = request.text.model_dump(by_alias=True, exclude_none=True) if request.text else {}
-    tools = [{"description": None, "parameters": None, **tool.model_dump(exclude_none=True)} for tool in request.tools or ()]
+    tools = [
+        {"description": None, "parameters": None, **tool.model_dump(exclude_none=True)}
+        for tool in request.tools or ()
+    ]
     choice = request.tool_choice or "auto"
     return {
         "id": new_id("resp"),

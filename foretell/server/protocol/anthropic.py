@@ -97,9 +97,7 @@ class MessagesTool(Request):
     input_examples: Annotated[None, BeforeValidator(unsupported("put examples into the description"))] = None
 
 
-AnyTool = Annotated[
-    MessagesTool, BeforeValidator(only("the tool", "custom", default="custom"))
-]
+AnyTool = Annotated[MessagesTool, BeforeValidator(only("the tool", "custom", default="custom"))]
 
 
 class AutoChoice(Request):

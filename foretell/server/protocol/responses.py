@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -98,21 +97,25 @@ class ReasoningIn(Request):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[SummaryTextIn] = []
+    summary: list[SummaryTextIn]
     content: list[ReasoningTextIn] | None = None
     encrypted_content: str | None = None
     status: Status | None = None
 
 
-_ITEMS = only(
-    "input of type", "message", "function_call", "function_call_output", "reasoning", default="message"
-)
+_ITEMS = only("input of type", "message", "function_call", "function_call_output", "reasoning", default="message")
+
+
+def _item_tag(value: Any) -> str:
+    return kind_tag(value, "message")
+
+
 InputItem = Annotated[
     Annotated[InputMessage, Tag("[message]")]
     | Annotated[FunctionCallIn, Tag("[function_call]")]
     | Annotated[FunctionCallOutputIn, Tag("[function_call_output]")]
     | Annotated[ReasoningIn, Tag("[reasoning]")],
-    Discriminator(partial(kind_tag, default="message")),
+    Discriminator(_item_tag),
     BeforeValidator(_ITEMS),
 ]
 Input = Annotated[
