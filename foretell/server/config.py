@@ -46,6 +46,8 @@ class ServerConfig:
     max_schema_depth: int = 32
     max_template_kwargs: int = 16
     max_queue: int = 1024  # unfinished requests; one more gets 429
+    stored_responses: int = 1024  # answers of /v1/responses kept in memory for later requests; 0 keeps none
+    stored_response_bytes: int = 32 << 20  # of all of them
     default_timeout_seconds: float | None = 600.0
     max_timeout_seconds: float = 3600.0
 
@@ -68,6 +70,8 @@ class ServerConfig:
             value = getattr(self, field.name)
             if field.name.startswith(("max_", "body_", "default_")) and value is not None and not value > 0:
                 raise ConfigError(f"{field.name} must be above 0, got {value!r}")
+        if self.stored_responses < 0 or self.stored_response_bytes < 0:
+            raise ConfigError("stored_responses and stored_response_bytes must not be below 0")
         if self.default_timeout_seconds is not None and self.default_timeout_seconds > self.max_timeout_seconds:
             raise ConfigError("default_timeout_seconds is larger than max_timeout_seconds")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from foretell.errors import InvalidRequestError
@@ -56,16 +56,15 @@ class Conversation:
         self._turn = None
 
 
-def shorten(messages: list[Message]) -> list[Message]:
-    """The conversation without its oldest message that may go; itself if none may. System messages stay, and so does
-    the last one of the others; a tool's result goes with the call it answers."""
-    others = [i for i, message in enumerate(messages) if message["role"] != "system"]
-    if len(others) < 2:
-        return messages
-    end = next((i for i in others[1:] if messages[i]["role"] != "tool"), None)
-    if end is None:
-        return messages
-    return [message for i, message in enumerate(messages) if message["role"] == "system" or i >= end]
+def turn_starts(messages: Sequence[Message]) -> list[int]:
+    """Where a conversation may begin once older turns are left out: at each user message but its first turn's."""
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    return [i for i, message in enumerate(messages) if i > first and message["role"] == "user"]
+
+
+def since(messages: Sequence[Message], start: int) -> list[Message]:
+    """The conversation from ``start`` on, and every system message."""
+    return [message for i, message in enumerate(messages) if i >= start or message["role"] == "system"]
 
 
 def _check_arguments(arguments: str, id: str) -> None:

@@ -112,6 +112,7 @@ def begin_response(request: ResponsesRequest, model: str) -> dict[str, Any]:
         "output": [],
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "previous_response_id": request.previous_response_id,
+        "prompt_cache_key": request.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None},
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",

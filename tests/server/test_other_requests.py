@@ -8,7 +8,7 @@ import pytest
 
 from foretell.errors import InvalidRequestError
 from foretell.server import messages_request, responses_request
-from foretell.server.conversation import shorten
+from foretell.server.conversation import since, turn_starts
 from foretell.server.errors import ApiError
 from foretell.server.limits import validate
 from foretell.server.protocol.anthropic import MessagesRequest
@@ -265,16 +265,16 @@ def test_messages_tool_choice() -> None:
         choice({"type": "any"}, None)
 
 
-def test_shortening_drops_the_oldest_and_keeps_results_with_their_calls() -> None:
+def test_older_turns_are_left_out_whole() -> None:
     talk = [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "1"},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "content": "42", "tool_call_id": "c1"},
         {"role": "user", "content": "2"},
+        {"role": "system", "content": "t"},
+        {"role": "user", "content": "3"},
     ]
-    lengths = []
-    while (shorter := shorten(talk)) is not talk:
-        talk = shorter
-        lengths.append([message["content"] for message in talk])
-    assert lengths == [["s", "", "42", "2"], ["s", "2"]]
+    shorter = [[message["content"] for message in since(talk, start)] for start in turn_starts(talk)]
+    assert shorter == [["s", "2", "t", "3"], ["s", "t", "3"]]
+    assert turn_starts(talk[:4]) == []

@@ -1,0 +1,205 @@
+"""POST /v1/responses: OpenAI's second interface. GET and DELETE look after the answers that are kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+
+from foretell.server.answering import fitting, sound_deltas
+from foretell.server.auth import presented_keys
+from foretell.server.chat import ChatRequest, prompt_ids_aside
+from foretell.server.context import Server, server_of
+from foretell.server.errors import ApiError, as_api_error, told
+from foretell.server.limits import parse
+from foretell.server.logprobs import TokenNames, chat_logprobs
+from foretell.server.openapi import ENGINE_ERRORS, describe
+from foretell.server.protocol.responses import ResponsesRequest
+from foretell.server.protocol.responses_answers import DeletedResponse, ResponseObject
+from foretell.server.response_store import ResponseStore, Stored, owner_of
+from foretell.server.responses import json_response
+from foretell.server.responses_events import Event, ResponseEvents
+from foretell.server.responses_request import begin_response, chat_request, usage_of
+from foretell.server.sse import EventStream, event, unless_gone
+
+if TYPE_CHECKING:
+    from foretell.server.chat import ChatDelta
+
+log = logging.getLogger("foretell.server")
+router = APIRouter()
+_TAGS = ("responses",)
+
+
+@router.post(
+    "/v1/responses",
+    **describe(
+        ResponseObject,
+        body=ResponsesRequest,
+        summary="Answer, with items in and items out",
+        stream=True,
+        errors=ENGINE_ERRORS,
+        tags=_TAGS,
+    ),
+)
+async def create_response(request: Request) -> Response:
+    server = server_of(request)
+    asked = await parse(request, ResponsesRequest, server.config)
+    answer = await Answer.begin(request, server, asked)
+    if asked.stream:
+        return EventStream(answer.pieces(), answer.chat.timeout_seconds)
+    return json_response(await unless_gone(request.receive, answer.whole()))
+
+
+@router.get(
+    "/v1/responses/{response_id}",
+    **describe(ResponseObject, summary="An answer that is still kept", errors=(404,), tags=_TAGS),
+)
+async def get_response(request: Request, response_id: str) -> Response:
+    return Response(_stored(request, response_id).body, media_type="application/json")
+
+
+@router.delete(
+    "/v1/responses/{response_id}",
+    **describe(DeletedResponse, summary="Forget an answer", errors=(404,), tags=_TAGS),
+)
+async def delete_response(request: Request, response_id: str) -> Response:
+    _stored(request, response_id)
+    store_of(request).delete(_owner(request), response_id)
+    return json_response(DeletedResponse(id=response_id, object="response", deleted=True))
+
+
+class Answer:
+    """One request on its way to an answer."""
+
+    def __init__(self, server: Server, asked: ResponsesRequest, chat: ChatRequest, ids: list[int], keep: Any) -> None:
+        self.server = server
+        self.asked = asked
+        self.chat = chat
+        self.ids = ids
+        self.keep = keep  # called with the response once it is whole
+        max_calls = 1 if asked.parallel_tool_calls is False else None
+        self.machine = ResponseEvents(begin_response(asked, server.check_model(asked.model)), max_calls=max_calls)
+        self.names = TokenNames(server.engine.tokenizer)
+
+    @classmethod
+    async def begin(cls, request: Request, server: Server, asked: ResponsesRequest) -> Answer:
+        """Everything that can be refused is refused here."""
+        server.check_model(asked.model)
+        before: tuple[dict[str, Any], ...] = ()
+        if asked.previous_response_id is not None:
+            before = _previous(request, asked.previous_response_id).messages
+        chat = chat_request(asked, before, server)
+        if asked.truncation == "auto":
+            chat, ids = await fitting(server.engine, chat)
+        else:
+            ids = await prompt_ids_aside(server.engine, chat)
+        server.engine.check(ids, chat.params)
+        store, owner = store_of(request), _owner(request)
+        if asked.store and not store.max_responses:
+            raise ApiError(400, "this server keeps no responses: send store=false", param="store")
+
+        def keep(response: dict[str, Any]) -> None:
+            if asked.store is not False and store.max_responses:
+                talk = chat.messages[asked.instructions is not None :]  # instructions hold for one answer
+                store.put(owner, response, [*talk, *answer_messages(response)])
+
+        return cls(server, asked, chat, ids, keep)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Raises what goes wrong before the first event; later it is told in a last event."""
+        machine, started = self.machine, False
+        try:
+            async with aclosing(sound_deltas(self.server.engine, self.chat, self.ids)) as deltas:  # type: ignore[type-var]
+                async for delta in deltas:
+                    if not started:
+                        started = True
+                        for one in machine.start():
+                            yield one
+                    for one in machine.push(delta.text, delta.tool_calls, self._logprobs(delta)):
+                        yield one
+                    reason = "tool_calls" if machine.stream.is_full else delta.finish_reason
+                    if reason is not None:
+                        *before, last = machine.finish(reason, usage_of(delta.update))
+                        self.keep(machine.response)
+                        for one in (*before, last):
+                            yield one
+                        return
+        except Exception as error:
+            if not started:
+                raise
+            if as_api_error(error) is None:
+                log.exception("response %s failed", machine.response["id"])
+            for one in machine.fail("server_error", told(error).message):
+                yield one
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        async with aclosing(self.events()) as events:  # type: ignore[type-var]
+            async for one in events:
+                yield event(one, one["type"])
+
+    async def whole(self) -> dict[str, Any]:
+        async with aclosing(self.events()) as events:  # type: ignore[type-var]
+            async for _ in events:
+                pass
+        response = self.machine.response
+        if response["status"] == "failed":
+            raise ApiError(500, response["error"]["message"], code="engine_error")
+        return response
+
+    def _logprobs(self, delta: ChatDelta) -> list[dict[str, Any]]:
+        entries = delta.update.output.outputs[0].logprobs
+        count = len(delta.update.delta_token_ids)
+        if entries is None or not count:
+            return []
+        top = self.asked.top_logprobs or 0
+        content: list[dict[str, Any]] = chat_logprobs(entries[-count:], top, self.names)["content"]
+        return content
+
+
+def answer_messages(response: dict[str, Any]) -> list[dict[str, Any]]:
+    """A response's output as chat messages, for who goes on from it."""
+    from foretell.server.conversation import Conversation
+
+    talk = Conversation()
+    for item in response["output"]:
+        if item["type"] == "message":
+            talk.answer(item["content"][0]["text"])
+        else:
+            talk.call(item["call_id"], item["name"], item["arguments"])
+    return talk.messages
+
+
+def store_of(request: Request) -> ResponseStore:
+    state = request.app.state
+    if not hasattr(state, "response_store"):
+        config = server_of(request).config
+        state.response_store = ResponseStore(config.stored_responses, config.stored_response_bytes)
+    store: ResponseStore = state.response_store
+    return store
+
+
+def _owner(request: Request) -> str:
+    return owner_of(presented_keys(request.headers))
+
+
+def _stored(request: Request, response_id: str) -> Stored:
+    stored = store_of(request).get(_owner(request), response_id)
+    if stored is None:
+        raise ApiError(404, f"no response {response_id[:80]!r} is kept here", code="response_not_found")
+    return stored
+
+
+def _previous(request: Request, response_id: str) -> Stored:
+    try:
+        return _stored(request, response_id)
+    except ApiError:
+        kept = store_of(request).max_responses
+        raise ApiError(
+            400,
+            f"no response {response_id[:80]!r} is kept here (the latest {kept} are): send the conversation as input",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        ) from None
