@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foretell.errors import UnavailableError
 from foretell.server.chat import ChatDelta, ChatRequest, chat_deltas, prompt_ids_aside
 from foretell.server.conversation import since, turn_starts
 from foretell.server.errors import ApiError
+from foretell.server.sampling import check_count, refused
+from foretell.server.structured import check_schema_size
 
 if TYPE_CHECKING:
+    from foretell.server.config import ServerConfig
     from foretell.server.text_engine import TextEngine
 
 
@@ -47,3 +50,26 @@ async def fitting(engine: TextEngine, chat: ChatRequest) -> tuple[ChatRequest, l
         else:
             low = middle + 1
     return best
+
+
+def function_tool(name: str, description: str | None, parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """A tool as chat knows it."""
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+
+
+def check_tools(tools: Sequence[dict[str, Any]], config: ServerConfig) -> None:
+    """ApiError for too many, too large, or two of one name."""
+    check_count("tools", len(tools), config.max_tools)
+    functions = [tool["function"] for tool in tools]
+    if len({function["name"] for function in functions}) < len(functions):
+        raise refused("tools", "two tools have the same name: nobody could tell their calls apart")
+    texts = [check_schema_size(f"tools.{i}", f.get("parameters", {}), config) for i, f in enumerate(functions)]
+    check_count("tools", sum(len(text.encode()) for text in texts), config.max_schema_bytes, "bytes of schemas")
+
+
+def structured(kind: str, param: str, schema: Any, config: ServerConfig) -> dict[str, Any]:
+    """SamplingParams' word for the form an answer must have."""
+    if schema is not None:
+        check_schema_size(param, schema, config)
+    raise ApiError(400, f"{param} is not supported by this engine", param=param, code="unsupported_parameter")

@@ -18,12 +18,12 @@ from foretell.server.errors import ApiError, error_body, told
 from foretell.server.guard import Guard
 from foretell.server.openapi import document
 from foretell.server.responses import json_response
-from foretell.server.routes import health, models
+from foretell.server.routes import health, messages, models, responses
 
 if TYPE_CHECKING:
     from foretell.server.text_engine import TextEngine
 
-ROUTERS = (models.router, health.router)
+ROUTERS = (models.router, health.router, responses.router, messages.router)
 
 
 def create_app(

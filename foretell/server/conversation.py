@@ -38,9 +38,8 @@ class Conversation:
             self.messages.append(self._turn)
         self._turn["content"] = text
 
-    def call(self, id: str, name: str, arguments: str) -> None:
-        """A tool call of the assistant; ``arguments`` is JSON text of an object."""
-        _check_arguments(arguments, id)
+    def call(self, id: str, name: str, arguments: dict[str, Any]) -> None:
+        """A tool call of the assistant."""
         if self._turn is None:
             self._turn = {"role": "assistant", "content": ""}
             self.messages.append(self._turn)
@@ -67,10 +66,24 @@ def since(messages: Sequence[Message], start: int) -> list[Message]:
     return [message for i, message in enumerate(messages) if i >= start or message["role"] == "system"]
 
 
-def _check_arguments(arguments: str, id: str) -> None:
+def parsed_arguments(arguments: str, id: str) -> dict[str, Any]:
+    """A call's arguments as its sender wrote them, JSON text of an object; InvalidRequestError if they are none."""
     try:
         parsed = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
         raise InvalidRequestError(f"the arguments of the tool call {id[:64]!r} are no JSON object")
+    return parsed
+
+
+def read_arguments(arguments: str) -> dict[str, Any]:
+    """A call's arguments as a model wrote them. Cut at the answer's length they are incomplete: then what can be
+    read, as the clients do it with a stream."""
+    from pydantic_core import from_json
+
+    try:
+        value = from_json(arguments, allow_partial=True)
+    except ValueError:  # nothing at all, or no JSON
+        return {}
+    return value if isinstance(value, dict) else {}

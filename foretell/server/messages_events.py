@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from foretell.server.blocks import Block, BlockEvent, BlockStream
+from foretell.server.conversation import read_arguments
 
 if TYPE_CHECKING:
     from foretell.server.chat import ToolCallDelta
@@ -28,9 +29,11 @@ class MessageEvents:
     def __init__(self, message: dict[str, Any], *, max_calls: int | None = None) -> None:
         self.message = message
         self.stream = BlockStream(max_calls)
+        self.has_started = False
 
-    def start(self) -> list[Event]:
-        return [{"type": "message_start", "message": {**self.message, "content": []}}, PING]
+    def start(self, usage: dict[str, Any]) -> list[Event]:
+        self.has_started = True
+        return [{"type": "message_start", "message": {**self.message, "content": [], "usage": usage}}, PING]
 
     def push(self, text: str, calls: Sequence[ToolCallDelta] = ()) -> list[Event]:
         return [_event(block_event) for block_event in self.stream.push(text, calls)]
@@ -66,17 +69,7 @@ def _event(event: BlockEvent) -> Event:
 def _content(block: Block) -> dict[str, Any]:
     if block.kind == "text":
         return {"type": "text", "text": block.text}
-    return {"type": "tool_use", "id": block.id, "name": block.name, "input": call_input(block.text)}
-
-
-def call_input(arguments: str) -> Any:
-    """A call's arguments as an object. Cut at the answer's length they are incomplete: then what can be read."""
-    from pydantic_core import from_json
-
-    try:
-        return from_json(arguments, allow_partial=True)
-    except ValueError:  # nothing at all, or no JSON
-        return {}
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": read_arguments(block.text)}
 
 
 def _delta_usage(usage: dict[str, Any]) -> dict[str, Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from foretell.core.params import SamplingParams
 from foretell.errors import InvalidRequestError
+from foretell.server.answering import check_tools, function_tool, structured
+from foretell.server.chat import ChatRequest
 from foretell.server.conversation import Conversation, Message
+from foretell.server.protocol.anthropic import MessagesRequest
 from foretell.server.responses_events import new_id
+from foretell.server.sampling import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from foretell.server.protocol.anthropic import BlockIn, CountTokensRequest, MessagesRequest, Texts
+    from foretell.server.config import ServerConfig
+    from foretell.server.context import Server
+    from foretell.server.protocol.anthropic import BlockIn, CountTokensRequest, Texts
 
 
 def conversation(request: CountTokensRequest) -> list[Message]:
@@ -53,7 +58,7 @@ def _add_blocks(talk: Conversation, role: str, blocks: Sequence[BlockIn]) -> Non
             talk.result(block.tool_use_id, _result_text(block))
         elif block.type == "tool_use":
             _only(role, "assistant", block.type)
-            talk.call(block.id, block.name, json.dumps(block.input, ensure_ascii=False))
+            talk.call(block.id, block.name, block.input)
         else:
             _only(role, "assistant", block.type)
             talk.think(block.thinking)
@@ -88,14 +93,47 @@ def continues_answer(messages: Sequence[Message]) -> bool:
     return True
 
 
-def sampling(request: MessagesRequest) -> SamplingParams:
+def chat_request(request: CountTokensRequest, server: Server) -> ChatRequest:
+    """What to ask of the engine; ApiError or InvalidRequestError for what is beyond the limits, or makes no sense."""
+    config = server.config
+    talk = conversation(request)
+    tools, choice = tools_and_choice(request)
+    check_count("messages", len(talk), config.max_messages)
+    check_tools(tools, config)
+    continues = continues_answer(talk)
+    return ChatRequest(
+        talk,
+        sampling(request, config),
+        tools=tools,
+        tool_choice=choice,
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+        timeout_seconds=server.timeout(None),
+        max_prompt_chars=config.max_prompt_chars,
+    )
+
+
+def sampling(request: CountTokensRequest, config: ServerConfig) -> SamplingParams:
+    if not isinstance(request, MessagesRequest):
+        return SamplingParams(**_structured(request, config))
+    stops = request.stop_sequences or ()
+    check_count("stop_sequences", len(stops), config.max_stops, "entries")
+    check_count("stop_sequences", max(map(len, stops), default=0), config.max_stop_chars, "characters in one")
     return SamplingParams(
         max_tokens=request.max_tokens,
         temperature=1.0 if request.temperature is None else request.temperature,
         top_k=request.top_k or 0,
         top_p=1.0 if request.top_p is None else request.top_p,
-        stop=tuple(request.stop_sequences or ()),
+        stop=stops,
+        **_structured(request, config),
     )
+
+
+def _structured(request: CountTokensRequest, config: ServerConfig) -> dict[str, Any]:
+    form = request.output_config.format if request.output_config else None
+    if form is None:
+        return {}
+    return structured("json_schema", "output_config.format.schema", form.schema_, config)
 
 
 def tools_and_choice(request: CountTokensRequest) -> tuple[list[dict[str, Any]], Any]:
@@ -114,15 +152,14 @@ def tools_and_choice(request: CountTokensRequest) -> tuple[list[dict[str, Any]],
 
 
 def _chat_tool(tool: Any) -> dict[str, Any]:
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
-    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+    return function_tool(tool.name, tool.description, tool.input_schema)
 
 
 def allows_one_call(request: MessagesRequest) -> bool:
     return bool(getattr(request.tool_choice, "disable_parallel_tool_use", False))
 
 
-def begin_message(model: str, update: Any) -> dict[str, Any]:
+def begin_message(model: str) -> dict[str, Any]:
     """The message object before anything is answered."""
     return {
         "id": new_id("msg"),
@@ -132,7 +169,7 @@ def begin_message(model: str, update: Any) -> dict[str, Any]:
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": usage_of(update),
+        "usage": None,
     }
 
 

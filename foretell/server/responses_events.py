@@ -37,6 +37,10 @@ class ResponseEvents:
         self._logprobs: list[Logprob] = []  # of the open text part
         self._unsent = 0  # the newest of them, waiting for a delta to ride on
 
+    @property
+    def has_started(self) -> bool:
+        return self._sequence > 0
+
     def start(self) -> list[Event]:
         snapshot = {**self.response, "output": []}
         return [self._event(f"response.{name}", response=snapshot) for name in ("created", "in_progress")]

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.core.params import SamplingParams
 from foretell.errors import InvalidRequestError
-from foretell.server.conversation import Conversation, Message
+from foretell.server.answering import check_tools, function_tool, structured
+from foretell.server.chat import ChatRequest
+from foretell.server.conversation import Conversation, Message, parsed_arguments, read_arguments
 from foretell.server.responses_events import new_id
+from foretell.server.sampling import check_count
 
 if TYPE_CHECKING:
+    from foretell.server.config import ServerConfig
+    from foretell.server.context import Server
     from foretell.server.protocol.responses import Content, InputItem, ResponsesRequest
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -34,7 +39,7 @@ def conversation(request: ResponsesRequest, previous: Sequence[Message] = ()) ->
 
 def _add(talk: Conversation, item: InputItem) -> None:
     if item.type == "function_call":
-        talk.call(item.call_id, item.name, item.arguments)
+        talk.call(item.call_id, item.name, parsed_arguments(item.arguments, item.call_id))
     elif item.type == "function_call_output":
         talk.result(item.call_id, text_of(item.output))
     elif item.type == "reasoning":
@@ -56,14 +61,42 @@ def text_of(content: Content) -> str:
     return "\n".join(part.refusal if part.type == "refusal" else part.text for part in content)
 
 
-def sampling(request: ResponsesRequest) -> SamplingParams:
+def chat_request(request: ResponsesRequest, previous: Sequence[Message], server: Server) -> ChatRequest:
+    """What to ask of the engine; ApiError or InvalidRequestError for what is beyond the limits, or makes no sense."""
+    config = server.config
+    talk = conversation(request, previous)
+    tools, choice = tools_and_choice(request)
+    check_count("input", len(talk), config.max_messages, "messages")
+    check_tools(tools, config)
+    return ChatRequest(
+        talk,
+        sampling(request, config),
+        tools=tools,
+        tool_choice=choice,
+        timeout_seconds=server.timeout(None),
+        max_prompt_chars=config.max_prompt_chars,
+    )
+
+
+def sampling(request: ResponsesRequest, config: ServerConfig) -> SamplingParams:
     wants_logprobs = _LOGPROBS in (request.include or ()) or bool(request.top_logprobs)
+    check_count("top_logprobs", request.top_logprobs or 0, config.max_logprobs)
     return SamplingParams(
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
         max_tokens=request.max_output_tokens,
         logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
+        **_structured(request, config),
     )
+
+
+def _structured(request: ResponsesRequest, config: ServerConfig) -> dict[str, Any]:
+    form = request.text.format if request.text else None
+    if form is None or form.type == "text":
+        return {}
+    if form.type == "json_object":
+        return structured("json_object", "text.format", None, config)
+    return structured("json_schema", "text.format.schema", form.schema_, config)
 
 
 def tools_and_choice(request: ResponsesRequest) -> tuple[list[dict[str, Any]], Any]:
@@ -83,8 +116,7 @@ def tools_and_choice(request: ResponsesRequest) -> tuple[list[dict[str, Any]], A
 
 
 def _chat_tool(tool: Any) -> dict[str, Any]:
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+    return function_tool(tool.name, tool.description, tool.parameters)
 
 
 def begin_response(request: ResponsesRequest, model: str) -> dict[str, Any]:
@@ -139,3 +171,14 @@ def usage_of(update: Any) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt + answer,
     }
+
+
+def answer_messages(response: dict[str, Any]) -> list[Message]:
+    """A response's output as chat messages, for a request that goes on from it."""
+    talk = Conversation()
+    for item in response["output"]:
+        if item["type"] == "message":
+            talk.answer(item["content"][0]["text"])
+        else:
+            talk.call(item["call_id"], item["name"], read_arguments(item["arguments"]))
+    return talk.messages

@@ -23,7 +23,7 @@ def messages(*turns: Any, **body: Any) -> MessagesRequest:
     return validate(MessagesRequest, {"model": "tiny", "max_tokens": 8, "messages": list(turns), **body})
 
 
-CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 
 
 def test_responses_input_becomes_a_conversation() -> None:
@@ -44,7 +44,7 @@ def test_responses_input_becomes_a_conversation() -> None:
             {"role": "user", "content": "And now?"},
         ],
     )
-    second = {"id": "c2", "type": "function", "function": {"name": "g", "arguments": "{}"}}
+    second = {"id": "c2", "type": "function", "function": {"name": "g", "arguments": {}}}
     assert responses_request.conversation(asked) == [
         {"role": "system", "content": "Be brief."},
         {"role": "system", "content": "In French."},

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from foretell.server.protocol.base import Request
+from foretell.server.protocol.chat import Name
 from foretell.server.protocol.variants import kind_tag, one_or_many, only, unsupported
 
 
@@ -31,7 +32,7 @@ class DirectCaller(Request):
 class ToolUseBlockIn(Request):
     type: Literal["tool_use"]
     id: str
-    name: str
+    name: Name
     input: dict[str, Any]
     cache_control: CacheControl | None = None
     caller: DirectCaller | None = None
@@ -86,7 +87,7 @@ class MessageIn(Request):
 
 class MessagesTool(Request):
     type: Literal["custom"] | None = None
-    name: str
+    name: Name
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from foretell.server.protocol.base import Request
+from foretell.server.protocol.chat import Name
 from foretell.server.protocol.variants import kind_tag, one_or_many, only, unsupported
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -67,7 +68,7 @@ class InputMessage(Request):
 class FunctionCallIn(Request):
     type: Literal["function_call"]
     call_id: str
-    name: str
+    name: Name
     arguments: str
     id: str | None = None
     status: Status | None = None
@@ -130,7 +131,7 @@ class ResponsesTool(Request):
     """``strict`` asks for arguments that follow ``parameters``."""
 
     type: Literal["function"]
-    name: str
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None

@@ -22,7 +22,7 @@ from foretell.server.protocol.responses_answers import DeletedResponse, Response
 from foretell.server.response_store import ResponseStore, Stored, owner_of
 from foretell.server.responses import json_response
 from foretell.server.responses_events import Event, ResponseEvents
-from foretell.server.responses_request import begin_response, chat_request, usage_of
+from foretell.server.responses_request import answer_messages, begin_response, chat_request, usage_of
 from foretell.server.sse import EventStream, event, unless_gone
 
 if TYPE_CHECKING:
@@ -109,45 +109,41 @@ class Answer:
         return cls(server, asked, chat, ids, keep)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Raises what goes wrong before the first event; later it is told in a last event."""
-        machine, started = self.machine, False
-        try:
-            async with aclosing(sound_deltas(self.server.engine, self.chat, self.ids)) as deltas:  # type: ignore[type-var]
-                async for delta in deltas:
-                    if not started:
-                        started = True
-                        for one in machine.start():
-                            yield one
-                    for one in machine.push(delta.text, delta.tool_calls, self._logprobs(delta)):
+        machine = self.machine
+        async with aclosing(sound_deltas(self.server.engine, self.chat, self.ids)) as deltas:  # type: ignore[type-var]
+            async for delta in deltas:
+                if not machine.has_started:  # not before: until now a refusal had a status of its own
+                    for one in machine.start():
                         yield one
-                    reason = "tool_calls" if machine.stream.is_full else delta.finish_reason
-                    if reason is not None:
-                        *before, last = machine.finish(reason, usage_of(delta.update))
-                        self.keep(machine.response)
-                        for one in (*before, last):
-                            yield one
-                        return
-        except Exception as error:
-            if not started:
-                raise
-            if as_api_error(error) is None:
-                log.exception("response %s failed", machine.response["id"])
-            for one in machine.fail("server_error", told(error).message):
-                yield one
+                for one in machine.push(delta.text, delta.tool_calls, self._logprobs(delta)):
+                    yield one
+                reason = "tool_calls" if machine.stream.is_full else delta.finish_reason
+                if reason is not None:
+                    last = machine.finish(reason, usage_of(delta.update))
+                    self.keep(machine.response)
+                    for one in last:
+                        yield one
+                    return
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        async with aclosing(self.events()) as events:  # type: ignore[type-var]
-            async for one in events:
+        """What goes wrong before the first event is raised; later it is told in a last event."""
+        try:
+            async with aclosing(self.events()) as events:  # type: ignore[type-var]
+                async for one in events:
+                    yield event(one, one["type"])
+        except Exception as error:
+            if not self.machine.has_started:
+                raise
+            if as_api_error(error) is None:
+                log.exception("response %s failed", self.machine.response["id"])
+            for one in self.machine.fail("server_error", told(error).message):
                 yield event(one, one["type"])
 
     async def whole(self) -> dict[str, Any]:
         async with aclosing(self.events()) as events:  # type: ignore[type-var]
             async for _ in events:
                 pass
-        response = self.machine.response
-        if response["status"] == "failed":
-            raise ApiError(500, response["error"]["message"], code="engine_error")
-        return response
+        return self.machine.response
 
     def _logprobs(self, delta: ChatDelta) -> list[dict[str, Any]]:
         entries = delta.update.output.outputs[0].logprobs
@@ -157,19 +153,6 @@ class Answer:
         top = self.asked.top_logprobs or 0
         content: list[dict[str, Any]] = chat_logprobs(entries[-count:], top, self.names)["content"]
         return content
-
-
-def answer_messages(response: dict[str, Any]) -> list[dict[str, Any]]:
-    """A response's output as chat messages, for who goes on from it."""
-    from foretell.server.conversation import Conversation
-
-    talk = Conversation()
-    for item in response["output"]:
-        if item["type"] == "message":
-            talk.answer(item["content"][0]["text"])
-        else:
-            talk.call(item["call_id"], item["name"], item["arguments"])
-    return talk.messages
 
 
 def store_of(request: Request) -> ResponseStore:
