@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from foretell.async_llm import AsyncLLM
     from foretell.config import ModelSpec, SchedulerConfig
     from foretell.core.params import SamplingParams
+    from foretell.core.structured import StructuredOutput
     from foretell.errors import ForetellError
     from foretell.llm import LLM
     from foretell.output import CompletionOutput, RequestOutput
@@ -22,6 +23,7 @@ _HOMES = {
     "LLM": "foretell.llm",
     "AsyncLLM": "foretell.async_llm",
     "SamplingParams": "foretell.core.params",
+    "StructuredOutput": "foretell.core.structured",
     "RequestOutput": "foretell.output",
     "CompletionOutput": "foretell.output",
     "ForetellError": "foretell.errors",
@@ -38,6 +40,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",
+    "StructuredOutput",
 ]
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One of a request's ``n`` outputs. ``stop_reason`` is the stop string or token id that ended it."""
+    """One of a request's ``n`` outputs. ``stop_reason`` is the stop string or token id that ended it. A request
+    for an embedding has no tokens: ``embedding`` is the prompt's pooled hidden state, of length 1."""
 
     index: int
     text: str = ""
@@ -23,6 +24,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    embedding: list[float] | None = None
 
 
 @dataclass(slots=True)

@@ -60,13 +60,19 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class ChunkResult:
-    """What one chunk yielded: a sampled token where asked, or the error that ended this request alone."""
+    """What one chunk yielded: a sampled token where asked, or the error that ended this request alone.
+
+    ``ended``: the token completes the form its output must have, nothing may follow. ``embedding``: the pooled
+    hidden state of a request that asked for it; it has ended then.
+    """
 
     request_id: int
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    ended: bool = False
+    embedding: list[float] | None = None
 
 
 @dataclass(slots=True)

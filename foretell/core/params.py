@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
 
+from foretell.core.structured import StructuredOutput
 from foretell.errors import InvalidRequestError
 
 MAX_N = 128
 MAX_LOGPROBS = 128
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
+Pooling = Literal["mean", "last"]
 
 
 def _check(ok: bool, message: str) -> None:
@@ -32,7 +35,8 @@ class SamplingParams:
     """Sampling and stopping of one request. ``temperature=0`` is greedy; ``max_tokens=None`` means to the
     end of the context. ``min_p`` (Nguyen et al. 2024) keeps tokens with p ≥ min_p · max p; ``top_p`` the
     smallest set with mass ≥ top_p; ``top_k`` the k likeliest (0: all). The penalties are OpenAI's
-    (presence, frequency over output tokens) and CTRL's (repetition over prompt and output).
+    (presence, frequency over output tokens) and CTRL's (repetition over prompt and output). ``structured`` says
+    what form the output must have; ``pooling`` asks for an embedding of the prompt in place of an output.
 
     Raises InvalidRequestError, naming the parameter, for a value outside its range.
     """
@@ -61,6 +65,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     detokenize: bool = True
     eos_token_ids: Sequence[int] = ()  # the model's; the API layer fills it in
+    structured: StructuredOutput | None = None
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
@@ -73,6 +79,7 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", {})
         self._check_numbers()
         self._check_lists()
+        self._check_forms()
 
     def _check_numbers(self) -> None:
         for name, low, high in _RANGES:
@@ -123,6 +130,24 @@ class SamplingParams:
         ):
             _check(_is_int(token_id) and token_id >= 0, f"token ids are whole numbers ≥ 0, got {token_id!r}")
 
+    def _check_forms(self) -> None:
+        _check(
+            self.structured is None or isinstance(self.structured, StructuredOutput),
+            f"structured must be a StructuredOutput, got {type(self.structured).__name__}",
+        )
+        kinds = get_args(Pooling)
+        _check(
+            self.pooling is None or self.pooling in kinds,
+            f"pooling must be one of {', '.join(kinds)}, got {self.pooling!r}",
+        )
+        if self.pooling is not None:
+            asked = [
+                name for name in ("structured", "logprobs", "prompt_logprobs") if getattr(self, name) is not None
+            ]
+            _check(
+                not asked and self.n == 1, f"pooling gives an embedding alone: leave out {', '.join(asked) or 'n'}"
+            )
+
     @property
     def stop_ids(self) -> frozenset[int]:
         """Token ids that end the output: the request's own, and the model's unless ``ignore_eos``."""
@@ -144,6 +169,7 @@ class SamplingParams:
             or self.allowed_token_ids is not None
             or self.bad_token_ids
             or self.min_tokens
+            or self.structured is not None
         )
 
     @property
