@@ -1,0 +1,265 @@
+"""The engine process: the main thread turns the engine loop, a second one reads commands. Token ids only.
+
+Started by the supervisor as ``python -m foretell.server.engine_process FD``; FD is its end of a socket pair. It ends
+when that socket does, and with its parent, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from foretell.children import die_with_parent
+from foretell.core.scheduler import Output
+from foretell.engine_loop import EngineLoop, LocalPort
+from foretell.errors import ConfigError, ForetellError, InvalidRequestError
+from foretell.server import wire
+
+if TYPE_CHECKING:
+    from foretell.core.engine import Engine
+
+OnPhase = Callable[[str, float], None]
+Build = Callable[[dict[str, Any], OnPhase], "tuple[Engine, wire.Ready]"]
+
+STATS_SECONDS = 0.25  # between two reports of a busy engine
+MAX_STEP_RECORDS = 4096
+_RECEIVE_BYTES = 1 << 16
+_SEND_BUFFER_BYTES = 4 << 20
+
+
+class EngineServer:
+    """One engine, one connection. Everything is sent from the loop's thread."""
+
+    def __init__(self, engine: Engine, connection: socket.socket) -> None:
+        self._engine = engine
+        self._connection = connection
+        self._loop = EngineLoop(engine, self._send_step, self._on_stop)
+        self._port = LocalPort(engine)
+        self._commands = Commands(engine)
+        self._stats_due = 0.0
+        self._shutdown = False
+
+    def run(self, reader: wire.FrameReader) -> None:
+        """Until the other side says so or is gone."""
+        threading.Thread(target=self._read, args=(reader,), name="foretell-commands", daemon=True).start()
+        self._loop.run()
+
+    # -- the reading thread -------------------------------------------------------------------------
+
+    def _read(self, reader: wire.FrameReader) -> None:
+        try:
+            while data := self._connection.recv(_RECEIVE_BYTES):
+                for message in reader.feed(data):
+                    self._take(message)
+        except wire.WireError as error:
+            say(f"the server's process sent what cannot be read: {error}")
+        except OSError:
+            pass
+        except ForetellError:  # the loop has stopped
+            return
+        if not self._shutdown:
+            os._exit(1)  # nobody is left to work for, and the step in progress may be long
+
+    def _take(self, message: wire.ToEngine) -> None:
+        post = self._loop.post
+        match message:
+            case wire.Add():
+                post(lambda: self._add(message))
+            case wire.Finish(request_ids, reason):
+                post(lambda: self._port.finish(request_ids, reason))
+            case wire.Control():
+                post(lambda: self._answer(message))
+            case wire.Ping():
+                post(self._send_stats)
+            case wire.Shutdown():
+                self._shutdown = True
+                self._loop.close()
+            case wire.Start():
+                raise wire.WireError("a second start")
+
+    # -- the loop's thread --------------------------------------------------------------------------
+
+    def _add(self, message: wire.Add) -> None:
+        try:
+            self._port.add(
+                message.first_id,
+                message.prompt_token_ids,
+                message.params,
+                priority=message.priority,
+                arrival=message.arrival,
+            )
+        except InvalidRequestError as error:
+            self._send(wire.Refused(message.first_id, str(error)))
+
+    def _answer(self, message: wire.Control) -> None:
+        try:
+            value = self._commands.run(message.command, message.arguments)
+            frame = wire.encode(wire.Answer(message.call_id, value))
+        except Exception as error:
+            frame = wire.encode(wire.Answer(message.call_id, None, one_line(error)))
+        self._connection.sendall(frame)
+
+    def _send_step(self, outputs: list[Output], now: float) -> None:
+        plain = [o for o in outputs if o.progress is None and o.logprobs is None and o.finish_reason is None]
+        news = [] if len(plain) == len(outputs) else [o for o in outputs if o not in plain]
+        step = wire.Step(now, [o.request_id for o in plain], [o.token_id or 0 for o in plain], news)
+        try:
+            self._connection.sendall(wire.encode(step))
+        except wire.WireError:
+            self._send_one_by_one(step)
+        if now >= self._stats_due:
+            self._send_stats()
+
+    def _send_one_by_one(self, step: wire.Step) -> None:
+        """What is too long for one frame; a request whose news is too long by itself ends with an error."""
+        self._send(wire.Step(step.now, step.request_ids, step.token_ids, []))
+        for output in step.news:
+            try:
+                frame = wire.encode(wire.Step(step.now, [], [], [output]))
+            except wire.WireError as error:
+                self._engine.finish(output.request_id, "error")
+                failed = Output(output.request_id, finish_reason="error", error=str(error), progress=output.progress)
+                frame = wire.encode(wire.Step(step.now, [], [], [failed]))
+            self._connection.sendall(frame)
+
+    def _send_stats(self) -> None:
+        self._stats_due = monotonic() + STATS_SECONDS
+        self._send(wire.Stats(self._engine.stats()))
+
+    def _send(self, message: wire.Message) -> None:
+        self._connection.sendall(wire.encode(message))
+
+    def _on_stop(self, error: BaseException | None) -> None:
+        if isinstance(error, OSError):  # the connection: the other side is gone
+            os._exit(1)
+        if error is not None:
+            self._send(wire.Failed(one_line(error), user_error=False))
+        self._engine.executor.close()
+
+
+class Commands:
+    """What an administrator may ask of a running engine, between two steps."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._records: deque[dict[str, Any]] | None = None
+        self._logged = engine.on_step
+
+    def run(self, command: str, arguments: dict[str, Any]) -> Any:
+        """ForetellError for a command that does not exist, or cannot be carried out."""
+        run = {"set_policy": self._set_policy, "stats": self._engine.stats, "steps": self._steps}.get(command)
+        if run is None:
+            raise InvalidRequestError(f"the engine has no command {command!r}: use set_policy, stats or steps")
+        try:
+            return run(**arguments)
+        except TypeError as error:
+            raise InvalidRequestError(f"{command}: {error}") from None
+
+    def _set_policy(self, name: str) -> dict[str, Any]:
+        self._engine.set_policy(name)
+        return {"policy": name}
+
+    def _steps(self, keep: int | None = None) -> list[dict[str, Any]]:
+        """The records of the steps since the last call, the newest ``keep``; the first call begins to keep them,
+        ``keep=0`` ends it."""
+        if keep is not None and not 0 <= keep <= MAX_STEP_RECORDS:
+            raise InvalidRequestError(f"keep must be between 0 and {MAX_STEP_RECORDS}, got {keep!r}")
+        kept = list(self._records or ())
+        if keep == 0:
+            self._records, self._engine.on_step = None, self._logged
+        else:
+            size = keep or (self._records.maxlen if self._records is not None else 256)
+            self._records, self._engine.on_step = deque(maxlen=size), self._record
+        return kept
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self._records is not None:
+            self._records.append(record)
+        if self._logged is not None:
+            self._logged(record)
+
+
+def serve(fd: int, build: Build) -> int:
+    """The engine process from its start to its exit status."""
+    die_with_parent()
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the parent drains, then ends us
+        signal.signal(interrupt, signal.SIG_IGN)
+    connection = socket.socket(fileno=fd)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    reader = wire.FrameReader(wire.to_engine)
+    try:
+        start = receive_start(connection, reader)
+        engine, ready = build(start.options, lambda name, s: connection.sendall(wire.encode(wire.Phase(name, s))))
+        connection.sendall(wire.encode(ready))
+    except OSError as error:
+        say(f"the engine's start: {one_line(error)}")
+        return 1
+    except Exception as error:
+        user_error = isinstance(error, ForetellError) and not isinstance(error, wire.WireError)
+        connection.sendall(wire.encode(wire.Failed(one_line(error), user_error)))
+        return 1
+    gc.collect()
+    gc.freeze()  # what has been loaded stays: the collector need not look at it again
+    EngineServer(engine, connection).run(reader)
+    return 0
+
+
+def receive_start(connection: socket.socket, reader: wire.FrameReader) -> wire.Start:
+    """The first message; WireError if it is none, or another."""
+    while data := connection.recv(_RECEIVE_BYTES):
+        for message in reader.feed(data):
+            if isinstance(message, wire.Start):
+                return message
+            raise wire.WireError(f"a start was due, {type(message).__name__} came")
+    raise ConnectionResetError("the server's process is gone")
+
+
+def build(options: dict[str, Any], on_phase: OnPhase) -> tuple[Engine, wire.Ready]:
+    """The engine that the options describe, and what to tell of it."""
+    from foretell.assembly import EngineOptions, assemble
+
+    try:
+        made = EngineOptions(**options)
+    except TypeError as error:
+        raise ConfigError(f"engine options: {error}") from None
+    assembly = assemble(made, on_phase=on_phase)
+    blocks = assembly.engine.scheduler.blocks
+    kv_tokens = min(pool.num_blocks for pool, window in zip(blocks.pools, blocks.windows, strict=True) if window is None or True)
+    return assembly.engine, wire.Ready(
+        model=made.model,
+        spec=assembly.spec,
+        vocab_size=assembly.spec.vocab_size,
+        eos_token_ids=assembly.eos_token_ids,
+        max_model_len=assembly.engine.scheduler.config.max_model_len,
+        max_tokens_per_request=assembly.max_model_len,
+        max_num_seqs=made.max_num_seqs,
+        dtype=assembly.dtype,
+        weight_format=assembly.weight_format,
+        kernels=assembly.kernels,
+        weight_bytes=assembly.weight_bytes,
+        kv_bytes=assembly.kv_bytes,
+        kv_element_bytes=assembly.kv_element_bytes,
+        kv_tokens=kv_tokens * blocks.block_size,
+        phases=assembly.phases,
+    )
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ForetellError) else f"{type(error).__name__}: {text}"
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(serve(int(sys.argv[1]), build))
