@@ -94,23 +94,49 @@ class Assembly:
     step_log: StepLog | None = None
     phases: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokenizer's end tokens; without a tokenizer, those that the model's configuration names."""
+        if self.tokenizer is not None:
+            return list(self.tokenizer.eos_token_ids)
+        config = {**(self.files.config or {}), **(self.files.generation_config or {})}
+        eos = config.get("eos_token_id")
+        return [eos] if isinstance(eos, int) else [i for i in eos or () if isinstance(i, int)]
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds at once; sliding windows give theirs back, so full attention decides."""
+        blocks = self.engine.scheduler.blocks
+        groups = list(zip(blocks.pools, blocks.windows, strict=True))
+        full = [pool.num_blocks for pool, window in groups if window is None]
+        return min(full or [pool.num_blocks for pool, _ in groups]) * blocks.block_size
+
 
 class _Phases:
     """Times the phases of a start."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str, float], None] | None) -> None:
         self.seconds: dict[str, float] = {}
+        self._on_phase = on_phase
         self._last = time.perf_counter()
 
     def done(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
+        if self._on_phase is not None:
+            self._on_phase(name, self.seconds[name])
 
 
-def assemble(options: EngineOptions, *, on_event: Callable[[dict[str, Any]], None] | None = None) -> Assembly:
-    """Build the engine that ``options`` describes. Raises a ForetellError with the reason if it cannot be."""
-    phases = _Phases()
+def assemble(
+    options: EngineOptions,
+    *,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    on_phase: Callable[[str, float], None] | None = None,
+) -> Assembly:
+    """Build the engine that ``options`` describes. Raises a ForetellError with the reason if it cannot be.
+    ``on_phase`` hears of each phase of the start when it is done, and of its seconds."""
+    phases = _Phases(on_phase)
     step_log = None if options.step_log is None else StepLog(options.step_log)
     from foretell.store import load_tokenizer, resolve
 

@@ -38,18 +38,11 @@ class LLM:
         self.spec = self.assembly.spec
         self.service = EngineService(self.assembly.engine, self.tokenizer, kv_bytes=self._kv_bytes)
         self.preparer = PromptPreparer(
-            self.tokenizer, self.spec.vocab_size, self._eos_token_ids(), self.assembly.options.seed
+            self.tokenizer, self.spec.vocab_size, self.assembly.eos_token_ids, self.assembly.options.seed
         )
 
     def _kv_bytes(self, tokens: int) -> int:
         return kv_bytes(self.spec, tokens, self.assembly.kv_element_bytes)
-
-    def _eos_token_ids(self) -> list[int]:
-        if self.tokenizer is not None:
-            return list(self.tokenizer.eos_token_ids)
-        config = {**(self.assembly.files.config or {}), **(self.assembly.files.generation_config or {})}
-        eos = config.get("eos_token_id")
-        return [eos] if isinstance(eos, int) else [i for i in eos or () if isinstance(i, int)]
 
     @property
     def now(self) -> float:

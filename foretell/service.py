@@ -75,4 +75,5 @@ class EngineService:
     # -- the engine's thread ------------------------------------------------------------------------
 
     def _on_stop(self, error: BaseException | None) -> None:
-        self.tracking.fail_all(ForetellError(f"the engine stopped: {error}" if error else "the engine was closed"))
+        reason = f"the engine stopped: {error}" if error else "the engine was closed"
+        self.tracking.fail_all(lambda: ForetellError(reason))

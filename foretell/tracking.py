@@ -115,12 +115,12 @@ class Tracking:
         if tracker is not None:
             self.fail(tracker, error)
 
-    def fail_all(self, error: BaseException) -> None:
-        """The engine is gone: everyone hears of it."""
+    def fail_all(self, error: Callable[[], BaseException]) -> None:
+        """The engine is gone: everyone hears of it, and gets an error of their own to raise."""
         owners, self._owners = self._owners, {}
         for tracker in {id(t): t for t in owners.values()}.values():
             tracker.open = 0
-            tell(tracker, Update(tracker.output, error=error))
+            tell(tracker, Update(tracker.output, error=error()))
 
     def _close(self, tracker: Tracker) -> list[int]:
         """Take its open outputs from the engine; their ids."""

@@ -39,7 +39,7 @@ def step_records(llm: LLM) -> Iterator[list[Record]]:
     kept: list[Callable[[Record], None] | None] = []
 
     def start(engine: Engine) -> None:
-        previous = engine._on_step
+        previous = engine.on_step
         kept.append(previous)
 
         def record(step: Record) -> None:
@@ -47,10 +47,10 @@ def step_records(llm: LLM) -> Iterator[list[Record]]:
             if previous is not None:
                 previous(step)
 
-        engine._on_step = record
+        engine.on_step = record
 
     def stop(engine: Engine) -> None:
-        engine._on_step = kept[0]
+        engine.on_step = kept[0]
 
     between_steps(llm, start)
     try:

@@ -23,7 +23,8 @@ class Engine:
     """Brain and executor together. Not thread-safe: one thread owns it; others only call ``executor.wake``.
 
     ``on_event`` gets every input the brain acts on (arrivals, aborts, switches, finishes, results, wakes), in
-    order, with ``now``: enough to replay the run exactly. ``on_step`` gets one record per finished batch.
+    order, with ``now``: enough to replay the run exactly. ``on_step`` gets one record per finished batch;
+    it may be changed between two steps.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Engine:
         self.scheduler = Scheduler(config, blocks, depth=executor.depth, chain=executor.chain)
         self._in_flight: dict[int, Turn] = {}
         self._on_event = on_event
-        self._on_step = on_step
+        self.on_step = on_step
 
     # -- inputs -------------------------------------------------------------------------------------
 
@@ -133,10 +134,10 @@ class Engine:
             tokens = {r.request_id: r.token_id for r in result.results if r.token_id is not None}
             errors = {r.request_id: r.error for r in result.results if r.error is not None}
             self._log("result", batch=result.batch_id, tokens=tokens, errors=errors)
-        record = self._record(turn, result) if self._on_step else None
+        record = self._record(turn, result) if self.on_step else None
         outputs = self.scheduler.update(result)
-        if record is not None and self._on_step:
-            self._on_step(record)
+        if record is not None and self.on_step:
+            self.on_step(record)
         return outputs
 
     def _log(self, kind: str, **fields: Any) -> None:

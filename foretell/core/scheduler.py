@@ -55,8 +55,7 @@ class Scheduler:
         """Queue a request. Raises InvalidRequestError if it could never run; nothing has changed then."""
         if request.id in self.requests:
             raise InvalidRequestError(f"request id {request.id} is in use")
-        if not isinstance(request.key[0], int) or abs(request.key[0]) > MAX_PRIORITY:
-            raise InvalidRequestError(f"priority must be a whole number within ±2^31, got {request.key[0]!r}")
+        check_priority(request.key[0])
         self.check_prompt_len(request.prompt_len)
         limit = self.max_tokens_per_request
         wanted = request.params.max_tokens
@@ -75,16 +74,7 @@ class Scheduler:
 
     def check_prompt_len(self, prompt_len: int) -> None:
         """InvalidRequestError for a prompt that could never run. Reads constants only: any thread may call it."""
-        limit = self.max_tokens_per_request
-        if prompt_len == 0:
-            raise InvalidRequestError("the prompt is empty: send at least one token")
-        if prompt_len >= limit:
-            context = limit == self.config.max_model_len
-            which, option = ("context", "max_model_len") if context else ("whole KV cache", "kv_cache_bytes")
-            raise InvalidRequestError(
-                f"the prompt has {prompt_len} tokens and the {which} holds {limit}, of which one is for the "
-                f"answer: shorten the prompt or raise {option}"
-            )
+        check_prompt_len(prompt_len, self.config.max_model_len, self.max_tokens_per_request)
 
     def finish(self, request_id: int, reason: str) -> bool:
         """End a request now, whatever it is doing; False if it is not there (any more)."""
@@ -363,6 +353,25 @@ class _Plan:
     @property
     def full(self) -> bool:
         return self.budget <= 0 or len(self.chunks) >= self.max_seqs
+
+
+def check_priority(priority: object) -> None:
+    """InvalidRequestError unless it is a number that the order of requests is made for."""
+    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MAX_PRIORITY:
+        raise InvalidRequestError(f"priority must be a whole number within ±2^31, got {priority!r}")
+
+
+def check_prompt_len(prompt_len: int, max_model_len: int, max_tokens_per_request: int) -> None:
+    """InvalidRequestError for a prompt that leaves no room for an answer, and says which limit it meets (tokens)."""
+    if prompt_len == 0:
+        raise InvalidRequestError("the prompt is empty: send at least one token")
+    if prompt_len >= max_tokens_per_request:
+        context = max_tokens_per_request == max_model_len
+        which, option = ("context", "max_model_len") if context else ("whole KV cache", "kv_cache_bytes")
+        raise InvalidRequestError(
+            f"the prompt has {prompt_len} tokens and the {which} holds {max_tokens_per_request}, of which one is for "
+            f"the answer: shorten the prompt or raise {option}"
+        )
 
 
 def _key(request: Request) -> tuple[int, int]:

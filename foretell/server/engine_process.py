@@ -108,14 +108,23 @@ class EngineServer:
         self._connection.sendall(frame)
 
     def _send_step(self, outputs: list[Output], now: float) -> None:
-        plain = [o for o in outputs if o.progress is None and o.logprobs is None and o.finish_reason is None]
-        news = [] if len(plain) == len(outputs) else [o for o in outputs if o not in plain]
-        step = wire.Step(now, [o.request_id for o in plain], [o.token_id or 0 for o in plain], news)
+        request_ids: list[int] = []
+        token_ids: list[int] = []
+        news: list[Output] = []
+        for output in outputs:
+            token_id = output.token_id
+            more = output.progress or output.logprobs or output.finish_reason
+            if more is None and token_id is not None:
+                request_ids.append(output.request_id)
+                token_ids.append(token_id)
+            else:
+                news.append(output)
+        step = wire.Step(now, request_ids, token_ids, news)
         try:
             self._connection.sendall(wire.encode(step))
         except wire.WireError:
             self._send_one_by_one(step)
-        if now >= self._stats_due:
+        if now >= self._stats_due or not self._engine.has_work:
             self._send_stats()
 
     def _send_one_by_one(self, step: wire.Step) -> None:
@@ -155,7 +164,12 @@ class Commands:
 
     def run(self, command: str, arguments: dict[str, Any]) -> Any:
         """ForetellError for a command that does not exist, or cannot be carried out."""
-        run = {"set_policy": self._set_policy, "stats": self._engine.stats, "steps": self._steps}.get(command)
+        commands: dict[str, Callable[..., Any]] = {
+            "set_policy": self._set_policy,
+            "stats": self._engine.stats,
+            "steps": self._steps,
+        }
+        run = commands.get(command)
         if run is None:
             raise InvalidRequestError(f"the engine has no command {command!r}: use set_policy, stats or steps")
         try:
@@ -231,8 +245,6 @@ def build(options: dict[str, Any], on_phase: OnPhase) -> tuple[Engine, wire.Read
     except TypeError as error:
         raise ConfigError(f"engine options: {error}") from None
     assembly = assemble(made, on_phase=on_phase)
-    blocks = assembly.engine.scheduler.blocks
-    kv_tokens = min(pool.num_blocks for pool, window in zip(blocks.pools, blocks.windows, strict=True) if window is None or True)
     return assembly.engine, wire.Ready(
         model=made.model,
         spec=assembly.spec,
@@ -247,12 +259,14 @@ def build(options: dict[str, Any], on_phase: OnPhase) -> tuple[Engine, wire.Read
         weight_bytes=assembly.weight_bytes,
         kv_bytes=assembly.kv_bytes,
         kv_element_bytes=assembly.kv_element_bytes,
-        kv_tokens=kv_tokens * blocks.block_size,
+        kv_tokens=assembly.kv_tokens,
         phases=assembly.phases,
     )
 
 
 def one_line(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory: choose a smaller model, dtype or kv_cache_bytes"
     text = " ".join(str(error).split())
     return text if isinstance(error, ForetellError) else f"{type(error).__name__}: {text}"
 

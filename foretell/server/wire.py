@@ -26,7 +26,7 @@ class WireError(ForetellError):
     """The other side sent something that is no message, or more than a frame may hold."""
 
 
-class Message(msgspec.Struct, array_like=True, tag=True, frozen=True):
+class Message(msgspec.Struct, array_like=True, tag=True):
     """The first element names the type, the others are its fields in order."""
 
 
@@ -159,11 +159,23 @@ def encode(message: Message) -> bytearray:
     return frame
 
 
+def check_frame(frame: bytearray, decoder: msgspec.msgpack.Decoder[Any]) -> None:
+    """WireError unless the other side will be able to read this frame."""
+    _decoded(decoder, bytes(memoryview(frame)[_LENGTH.size :]))
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
+        raise WireError(f"a frame holds no message: {str(error)[:200]}") from None
+
+
 class FrameReader:
     """Bytes as they come → whole frames, decoded."""
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[Any], max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        self._decode = decoder.decode
+        self._decoder = decoder
         self._max = max_frame_bytes
         self._buffer = bytearray()
 
@@ -180,14 +192,8 @@ class FrameReader:
                 end = start + _LENGTH.size + size
                 if len(buffer) < end:
                     break
-                message = self._message(bytes(memoryview(buffer)[start + _LENGTH.size : end]))
+                message = _decoded(self._decoder, bytes(memoryview(buffer)[start + _LENGTH.size : end]))
                 start = end
                 yield message
         finally:
             del buffer[:start]
-
-    def _message(self, body: bytes) -> Any:
-        try:
-            return self._decode(body)
-        except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
-            raise WireError(f"a frame holds no message: {str(error)[:200]}") from None

@@ -186,10 +186,10 @@ def test_ctrl_c_ends_generate_at_once_and_the_engine_lives_on(llm: LLM) -> None:
             started.set()
             signal.raise_signal(signal.SIGINT)  # delivered to the main thread
 
-    llm.service.call(lambda engine: setattr(engine, "_on_step", on_step))
+    llm.service.call(lambda engine: setattr(engine, "on_step", on_step))
     with pytest.raises(KeyboardInterrupt):
         llm.generate([PROMPT] * 3, SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
-    llm.service.call(lambda engine: setattr(engine, "_on_step", None))
+    llm.service.call(lambda engine: setattr(engine, "on_step", None))
     assert blocks_are_free(llm)
     assert "Paris" in llm.generate(PROMPT, GREEDY)[0].outputs[0].text
 

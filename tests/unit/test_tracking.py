@@ -88,9 +88,10 @@ def test_everybody_hears_once_that_the_engine_is_gone() -> None:
     tracking, _, first = started(Port(), n=2)
     second: list[Update] = []
     tracking.start(Tracker(8, None, [1], SamplingParams(), second.append, 0.0))
-    tracking.fail_all(UnavailableError("gone"))
-    tracking.fail_all(UnavailableError("gone"))
+    tracking.fail_all(lambda: UnavailableError("gone"))
+    tracking.fail_all(lambda: UnavailableError("gone"))
     assert [str(u.error) for u in (*first, *second)] == ["gone", "gone"]
+    assert first[0].error is not second[0].error, "each raises its own: tracebacks are not shared"
 
 
 def test_a_refusal_is_told_to_its_caller_alone() -> None:

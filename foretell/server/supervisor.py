@@ -1,0 +1,259 @@
+"""The engine process as seen from the server: started, watched, restarted, and never left behind.
+
+An engine that dies, that sends what is no message, or that shows no sign of life for ``hang_seconds`` is ended, and
+another one is started after a pause that doubles with every failure in a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from foretell.children import python_module, start_child
+from foretell.errors import ForetellError, UnavailableError
+from foretell.server import wire
+
+log = logging.getLogger("foretell.server")
+ENGINE_COMMAND = tuple(python_module("foretell.server.engine_process"))
+State = Literal["starting", "running", "restarting", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Patience, in seconds. A step can be long, so ``stall_seconds`` without a sign of life only turns the health
+    red; ``hang_seconds`` end the process."""
+
+    ping_seconds: float = 1.0
+    stall_seconds: float = 30.0
+    hang_seconds: float = 300.0
+    first_pause_seconds: float = 0.5
+    longest_pause_seconds: float = 30.0
+    good_seconds: float = 60.0  # an engine that ran so long had no failure in a row before it
+
+
+@dataclass(slots=True)
+class Listener:
+    """Who hears of the engine; called in the event loop."""
+
+    on_message: Callable[[Any], None]
+    on_down: Callable[[str], None]  # the engine is gone, and why; requests under way are lost
+    on_phase: Callable[[str, float], None] = field(default=lambda name, seconds: None)
+
+
+class Supervisor:
+    """Belongs to the event loop it is started in, and to that loop's thread for as long as it runs."""
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        listener: Listener,
+        *,
+        watch: Watch | None = None,
+        command: Sequence[str] = ENGINE_COMMAND,
+    ) -> None:
+        self.options = options  # of the next start
+        self.state: State = "stopped"
+        self.restarts = 0
+        self.watch = watch or Watch()
+        self._listener = listener
+        self._command = command
+        self._connection: _Connection | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> wire.Ready:
+        """The first engine, ready. ForetellError, in the engine's own words, if it cannot start."""
+        self.state = "starting"
+        try:
+            connection, ready = await self._start_one()
+        except BaseException:
+            self.state = "stopped"
+            raise
+        self._tasks = [asyncio.create_task(self._keep_running(connection)), asyncio.create_task(self._beat())]
+        return ready
+
+    async def stop(self, grace_seconds: float = 5.0) -> None:
+        """End the engine: after the step in progress, or by force when that takes longer than the grace."""
+        self.state = "stopped"
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.send(wire.Shutdown())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(connection.lost), grace_seconds)
+            await connection.end()
+
+    def send(self, message: wire.Message) -> None:
+        """UnavailableError without an engine; WireError for what fits no frame."""
+        self.send_frame(wire.encode(message))
+
+    def send_frame(self, frame: bytearray) -> None:
+        """As ``send``, of a message that has been encoded already."""
+        if self._connection is None or self.state != "running":
+            raise UnavailableError(f"the engine is {self.state}: try again in a few seconds")
+        self._connection.send_frame(frame)
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the engine's last sign of life; infinite without an engine."""
+        if self._connection is None or self.state != "running":
+            return float("inf")
+        return asyncio.get_running_loop().time() - self._connection.last_sign
+
+    @property
+    def pid(self) -> int | None:
+        return self._connection.process.pid if self._connection is not None else None
+
+    # -- one engine after the other -----------------------------------------------------------------
+
+    async def _start_one(self) -> tuple[_Connection, wire.Ready]:
+        connection = await _connect(self._command, self._listener)
+        try:
+            connection.send(wire.Start(self.options))
+            ready = await connection.ready
+        except BaseException:
+            await connection.end()
+            raise
+        self._connection, self.state = connection, "running"
+        return connection, ready
+
+    async def _keep_running(self, connection: _Connection) -> None:
+        loop = asyncio.get_running_loop()
+        pause = 0.0
+        while True:
+            started = loop.time()
+            reason = await asyncio.shield(connection.lost)
+            self._connection, self.state = None, "restarting"
+            self._listener.on_down(reason)
+            await connection.end()
+            log.error("%s (exit status %s); starting another", reason, connection.process.returncode)
+            if loop.time() - started > self.watch.good_seconds:
+                pause = 0.0
+            connection, pause = await self._restart(pause)
+            self.restarts += 1
+
+    async def _restart(self, pause: float) -> tuple[_Connection, float]:
+        """Try until an engine runs; (its connection, the pause before the next try)."""
+        while True:
+            await asyncio.sleep(pause)
+            pause = min(max(2 * pause, self.watch.first_pause_seconds), self.watch.longest_pause_seconds)
+            try:
+                connection, _ = await self._start_one()
+            except (ForetellError, OSError) as error:
+                log.error("the engine cannot be started: %s; next try in %.1f s", error, pause)
+            else:
+                log.warning("the engine runs again")
+                return connection, pause
+
+    async def _beat(self) -> None:
+        """Ask for a sign of life; end an engine that gives none."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + self.watch.ping_seconds
+            await asyncio.sleep(self.watch.ping_seconds)
+            connection = self._connection
+            if connection is None or self.state != "running":
+                continue
+            connection.ping()
+            late = loop.time() - due  # this loop was busy itself: what the engine sent may lie unread
+            if self.silent_seconds - late > self.watch.hang_seconds:
+                connection.fail(f"the engine has hung for {self.watch.hang_seconds:g} s")
+
+
+class _Connection(asyncio.Protocol):
+    """One engine process and the socket to it. ``lost`` gets the reason when the engine is gone."""
+
+    def __init__(self, process: subprocess.Popen[bytes], listener: Listener) -> None:
+        loop = asyncio.get_running_loop()
+        self.process = process
+        self.ready: asyncio.Future[wire.Ready] = loop.create_future()
+        self.lost: asyncio.Future[str] = loop.create_future()
+        self.last_sign = loop.time()
+        self._time = loop.time
+        self._listener = listener
+        self._reader = wire.FrameReader(wire.from_engine)
+        self._transport: asyncio.Transport | None = None
+        self._pinged = False
+
+    def send(self, message: wire.Message) -> None:
+        self.send_frame(wire.encode(message))
+
+    def send_frame(self, frame: bytearray) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
+
+    def ping(self) -> None:
+        """One at a time: a busy engine need not answer them all."""
+        if not self._pinged:
+            self._pinged = True
+            self.send(wire.Ping())
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.last_sign = self._time()
+        try:
+            for message in self._reader.feed(data):
+                self._take(message)
+        except wire.WireError as error:
+            self.fail(f"the engine's connection is broken: {error}")
+
+    def _take(self, message: wire.FromEngine) -> None:
+        match message:
+            case wire.Phase(name, seconds):
+                self._listener.on_phase(name, seconds)
+            case wire.Ready():
+                if not self.ready.done():
+                    self.ready.set_result(message)
+            case wire.Failed(text, user_error):
+                if not self.ready.done():
+                    self.ready.set_exception(ForetellError(text) if user_error else UnavailableError(text))
+                self.fail(f"the engine failed: {text}")
+            case _:
+                if isinstance(message, wire.Stats):
+                    self._pinged = False
+                if not self.lost.done():
+                    self._listener.on_message(message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self.fail("the engine died")
+
+    def fail(self, reason: str) -> None:
+        """Give it up for this reason; the process is ended."""
+        with suppress(ProcessLookupError):
+            self.process.kill()
+        if not self.lost.done():
+            self.lost.set_result(reason)
+        if not self.ready.done():
+            self.ready.set_exception(UnavailableError(f"{reason} while it started"))
+            self.ready.exception()  # taken note of, should nobody wait for it
+
+    async def end(self) -> None:
+        """The process is gone and reaped when this returns."""
+        self.fail("the engine was ended")
+        if self._transport is not None:
+            self._transport.abort()
+        await asyncio.to_thread(self.process.wait)
+
+
+async def _connect(command: Sequence[str], listener: Listener) -> _Connection:
+    process, ours = start_child(command)  # in this thread: Linux ends the child with it
+    ours.setblocking(False)
+    loop = asyncio.get_running_loop()
+    try:
+        _, connection = await loop.create_connection(lambda: _Connection(process, listener), sock=ours)
+    except BaseException:
+        process.kill()
+        process.wait()
+        ours.close()
+        raise
+    return connection
