@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from foretell.children import die_with_parent
-from foretell.core.scheduler import Output
+from foretell.core.messages import Output
 from foretell.engine_loop import EngineLoop, LocalPort
 from foretell.errors import ConfigError, ForetellError, InvalidRequestError
 from foretell.server import wire

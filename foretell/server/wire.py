@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from foretell.config import ModelSpec
+from foretell.core.messages import Output
 from foretell.core.params import SamplingParams
-from foretell.core.scheduler import Output
 from foretell.errors import ForetellError
 
 MAX_FRAME_BYTES = 64 << 20
