@@ -105,6 +105,7 @@ class ParallelExecutor:
             if progress is not None:
                 progress(f"{waiting[0].name}: {waiting[0].phase}")
             self._poll(1.0)
+        shutil.rmtree(self._folder, ignore_errors=True)  # they have met: should this process be killed, nothing stays
 
     # -- the executor's interface -------------------------------------------------------------------
 

@@ -48,9 +48,10 @@ class Stop(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """Loaded and met the others. Bytes as kept; seconds by phase."""
+    """Loaded and met the others. Bytes as kept, and by which loading made the process grow; seconds by phase."""
 
     weight_bytes: int
+    resident_bytes: int
     weight_format: str
     kernels: str
     phases: dict[str, float]

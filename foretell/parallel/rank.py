@@ -98,15 +98,17 @@ def load(setup: Setup, heart: Heart) -> tuple[StageRunner, Ready]:
     if setup.tp > 1:
         weights = ShardedWeights(weights, spec, setup.tp, place.shard)
     own, dtype = shard_spec(spec, setup.tp), DTYPES[setup.dtype]
+    before = resident_bytes()
     builder = Builder(own, weights, kernels, dtype, layers=place.layers, keep_quantised=setup.keep_quantised)
     model = wrap(builder.build(), comm, spec.vocab_size)
+    resident = resident_bytes() - before
     phases["weights"] = time.perf_counter() - started - sum(phases.values())
     kv = allocate(own, tuple(setup.num_blocks), setup.block_size, dtype, place.layers)
     torch_threads = 1 if kernels.name == "cpu" else None
     runner = StageRunner(model, kv, setup.block_size, comm, spec.vocab_size, torch_threads=torch_threads)
     heart.phase = "waiting for the others to load"
     comm.preflight()
-    return runner, Ready(model.weight_bytes, model.weight_format, kernels.name, phases)
+    return runner, Ready(model.weight_bytes, resident, model.weight_format, kernels.name, phases)
 
 
 def serve(channel: Channel, runner: StageRunner, heart: Heart) -> None:
@@ -122,6 +124,19 @@ def serve(channel: Channel, runner: StageRunner, heart: Heart) -> None:
         results = runner.execute_step(message.batch, message.tokens)
         if runner.samples:
             channel.send(Done(message.batch.id, results, started, time.monotonic(), runner.parts))
+
+
+def resident_bytes() -> int:
+    """Memory of this process alone, without mapped files; what is free is given back first. 0 where that is not told."""
+    import ctypes
+    from pathlib import Path
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    return 0
 
 
 def first_line(error: BaseException) -> str:

@@ -43,7 +43,9 @@ class ShardedWeights:
 
     def read(self, name: str, dtype: torch.dtype, take: Take | None = None) -> Tensor:
         cut = self.cut(name)
-        if isinstance(cut, Cut):
+        if isinstance(cut, Cut) and (rows := self.blocks(name)) is not None:  # only these are dequantised
+            tensor = rows[torch.arange(rows.shape[0])].to(dtype)
+        elif isinstance(cut, Cut):
             tensor = self.whole.read(name, dtype, cut.take)
         else:
             tensor = self.whole.read(name, dtype)

@@ -62,12 +62,17 @@ def check_tokens(found: list[RequestOutput], wanted: list[RequestOutput]) -> int
 
 
 LAYOUTS = [
-    *(("smollm2", tp, pp) for tp, pp in ((3, 1), (1, 2), (1, 3), (1, 4))),
-    *(("smollm2-mha", tp, pp) for tp, pp in ((3, 1), (1, 2))),
-    *(("microformer", tp, pp) for tp, pp in ((2, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2))),
-    *(("gemma3-270m", tp, pp) for tp, pp in ((2, 1), (4, 1), (1, 2), (2, 2))),
+    *(("smollm2", tp, pp) for tp, pp in ((3, 1), (1, 2))),
+    ("smollm2-mha", 3, 1),
+    *(("microformer", tp, pp) for tp, pp in ((2, 1), (4, 1), (1, 3), (2, 2))),
+    *(("gemma3-270m", tp, pp) for tp, pp in ((4, 1), (2, 2))),
 ]
-LONG = [*(("smollm2-mha", 1, pp) for pp in (3, 4)), *(("gemma3-270m", 1, pp) for pp in (3, 4)), ("smollm2", 3, 2)]
+LONG = [
+    *(("smollm2", tp, pp) for tp, pp in ((1, 3), (1, 4), (3, 2))),
+    *(("smollm2-mha", 1, pp) for pp in (2, 3, 4)),
+    *(("microformer", 1, pp) for pp in (2, 4)),
+    *(("gemma3-270m", tp, pp) for tp, pp in ((2, 1), (1, 2), (1, 3), (1, 4))),
+]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,8 @@ def check_ledger(llm: LLM, tp: int, pp: int) -> None:
     planned = rank_parameters(llm.spec, make_layout(llm.spec, tp, pp))
     for ready, parameters in zip(ready_of(executor.ranks), planned, strict=True):
         assert ready.weight_bytes == pytest.approx(4 * parameters, rel=0.1)
+        if 4 * parameters > 50_000_000:  # below that, the allocator's own habits show
+            assert ready.resident_bytes == pytest.approx(4 * parameters, rel=0.1)
 
 
 def test_sampling_and_logprobs_are_those_of_one_process() -> None:
