@@ -127,7 +127,7 @@ def serve(channel: Channel, runner: StageRunner, heart: Heart) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory of this process alone, without mapped files; what is free is given back first. 0 where that is not told."""
+    """Memory of this process alone, without mapped files, after giving back what is free; 0 where nobody tells."""
     import ctypes
     from pathlib import Path
 
