@@ -68,15 +68,25 @@ class Arrivals:
     burstiness: float = 1.0
     time_scale: float = 1.0
     duration_seconds: float | None = None
+    ramp_to: float | None = None
 
     def check(self) -> None:
         """ConfigError for an impossible rate or burstiness."""
         if self.rate is not None:
-            arrival_times(0, self.rate, burstiness=self.burstiness)
+            arrival_times(0, self.rate, burstiness=self.burstiness, ramp_to=self.ramp_to)
+        elif self.ramp_to is not None:
+            raise ConfigError("a ramp needs --rate, the rate it starts from")
 
     def apply(self, workload: Workload, seed: int) -> Workload:
         if self.rate is not None:
-            times = arrival_times(len(workload.requests), self.rate, burstiness=self.burstiness, seed=seed)
+            times = arrival_times(
+                len(workload.requests),
+                self.rate,
+                burstiness=self.burstiness,
+                seed=seed,
+                ramp_to=self.ramp_to,
+                ramp_seconds=self.duration_seconds,
+            )
             workload = workload.arriving_at(times)
         scale = self.time_scale if self.rate is None else 1.0
         return workload.adjusted(time_scale=scale, duration_seconds=self.duration_seconds)
@@ -85,4 +95,5 @@ class Arrivals:
         """How many to draw so that the duration is filled; None without a (finite) rate or a duration."""
         if self.rate is None or self.duration_seconds is None or math.isinf(self.rate):
             return None
-        return min(MAX_REQUESTS, int(self.rate * self.duration_seconds * ENOUGH) + 20)
+        mean_rate = self.rate if self.ramp_to is None else (self.rate + self.ramp_to) / 2
+        return min(MAX_REQUESTS, int(mean_rate * self.duration_seconds * ENOUGH) + 20)

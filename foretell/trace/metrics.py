@@ -23,6 +23,8 @@ class Spread:
 
     count: int
     mean: float
+    std: float  # of the sample itself (divided by n)
+    min: float
     p50: float
     p90: float
     p99: float
@@ -32,17 +34,20 @@ class Spread:
     def of(cls, values: Iterable[float]) -> Spread:
         ordered = sorted(values)
         if not ordered:
-            return cls(0, math.nan, math.nan, math.nan, math.nan, math.nan)
+            return cls(0, *[math.nan] * 7)
         mean = math.fsum(ordered) / len(ordered)
+        std = math.sqrt(math.fsum((value - mean) ** 2 for value in ordered) / len(ordered))
         p50, p90, p99 = (percentile(ordered, percent) for percent in (50, 90, 99))
-        return cls(len(ordered), mean, p50, p90, p99, ordered[-1])
+        return cls(len(ordered), mean, std, ordered[0], p50, p90, p99, ordered[-1])
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTimes:
     """One served request on one clock. ``arrival`` is when it was due, whatever kept the sender from sending.
 
-    ``token_times``: when each output token reached the caller. ``error``: why it was not served to its end.
+    ``token_times``: when each output token reached the caller. ``counted_tokens``: how many there were by the
+    server's own count; fewer times than that mean that some came together. ``error``: why it was not served to
+    its end.
     """
 
     arrival: float
@@ -52,6 +57,11 @@ class RequestTimes:
     cached_tokens: int = 0
     preemptions: int = 0
     error: str | None = None
+    counted_tokens: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_times) if self.counted_tokens is None else self.counted_tokens
 
     @property
     def served(self) -> bool:
@@ -68,9 +78,10 @@ class RequestTimes:
 
     @property
     def tpot_seconds(self) -> float | None:
-        """Mean time per output token after the first; None when there is no second."""
-        count = len(self.token_times)
-        return (self.token_times[-1] - self.token_times[0]) / (count - 1) if count > 1 else None
+        """Mean time per output token after the first; None when there is no second, or none that came later."""
+        if len(self.token_times) < 2 or self.num_tokens < 2:
+            return None
+        return (self.token_times[-1] - self.token_times[0]) / (self.num_tokens - 1)
 
     @property
     def itl_seconds(self) -> list[float]:
@@ -146,7 +157,7 @@ def summarize(
         duration_seconds = span_seconds(requests)
     good = sum(map((objectives or Objectives()).met_by, requests))
     prompt_tokens = sum(r.prompt_tokens for r in served)
-    output_tokens = sum(len(r.token_times) for r in served)
+    output_tokens = sum(r.num_tokens for r in served)
 
     def rate(count: int) -> float:
         return count / duration_seconds if duration_seconds > 0 else 0.0

@@ -207,8 +207,8 @@ def _value(turns: list[Any], index: int, place: _Place) -> str:
 def _sharegpt_request(question: str, answer: str, encode: Encode | None) -> TraceRequest:
     if encode is None:
         prompt_len, output_len = (max(1, math.ceil(len(text) / CHARACTERS_PER_TOKEN)) for text in (question, answer))
-        return TraceRequest(prompt_len, output_len)
+        return TraceRequest(prompt_len, output_len, prompt_text=question)
     ids = encode(question)
     if not ids:
         return TraceRequest(1, max(1, len(encode(answer))))
-    return TraceRequest(len(ids), max(1, len(encode(answer))), prompt_token_ids=ids)
+    return TraceRequest(len(ids), max(1, len(encode(answer))), prompt_token_ids=ids, prompt_text=question)

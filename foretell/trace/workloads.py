@@ -17,7 +17,8 @@ class TraceRequest:
     """One request. ``arrival_seconds`` counts from the start of the workload.
 
     Without ``prompt_token_ids`` the prompt is synthetic: ``block_hashes`` says which stretches of
-    ``block_tokens`` tokens it shares with other requests, and the rest is its own.
+    ``block_tokens`` tokens it shares with other requests, and the rest is its own. ``prompt_text`` is what a
+    trace says in words, where it does and nothing has cut it.
     """
 
     prompt_len: int
@@ -26,6 +27,7 @@ class TraceRequest:
     prompt_token_ids: Sequence[int] | None = None
     block_hashes: tuple[int, ...] = ()
     block_tokens: int = 512
+    prompt_text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ def _capped(request: TraceRequest, max_prompt: int | None, max_output: int | Non
         prompt_len=prompt_len,
         output_len=output_len,
         prompt_token_ids=None if ids is None else ids[:prompt_len],
+        prompt_text=request.prompt_text if prompt_len == request.prompt_len else None,
     )
 
 

@@ -173,3 +173,33 @@ def test_an_infinite_rate_is_all_at_once():
 def test_impossible_arrivals_are_refused(kwargs):
     with pytest.raises(ConfigError, match="must be above 0"):
         arrival_times(1, **kwargs)
+
+
+def test_an_infinite_burstiness_is_a_clock():
+    assert arrival_times(4, 2.0, burstiness=math.inf) == [0.5, 1.0, 1.5, 2.0]
+
+
+@pytest.mark.parametrize(("first", "last"), [(2.0, 20.0), (20.0, 2.0)])
+def test_a_ramp_has_the_rate_it_should_at_every_moment(first, last):
+    """Counted in tenths of the ramp: each holds the requests of its own mean rate, within the noise of a count."""
+    seconds = 1000.0
+    times = arrival_times(11_000, first, ramp_to=last, ramp_seconds=seconds, seed=3)
+    for tenth in range(10):
+        expected = seconds / 10 * (first + (last - first) * (tenth + 0.5) / 10)
+        counted = sum(tenth * 100 <= time < (tenth + 1) * 100 for time in times)
+        assert abs(counted - expected) < 4 * math.sqrt(expected)
+
+
+@given(st.floats(0.1, 50), st.floats(0.1, 50), st.integers(1, 40))
+def test_a_constant_ramp_follows_its_integral(first, last, count):
+    """Request n arrives when the integral of the rate reaches n, and the last at the end of the ramp."""
+    times = arrival_times(count, first, ramp_to=last, burstiness=math.inf)
+    seconds = 2 * count / (first + last)
+    for number, time in enumerate(times, 1):
+        assert math.isclose(first * time + (last - first) / seconds * time**2 / 2, number, rel_tol=1e-9)
+    assert math.isclose(times[-1], seconds, rel_tol=1e-9)
+
+
+def test_a_ramp_between_infinities_is_refused():
+    with pytest.raises(ConfigError, match="finite"):
+        arrival_times(1, 1.0, ramp_to=math.inf)
