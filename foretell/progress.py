@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def generation_bar(total: int) -> Iterator[Callable[[int], None]]:
-    """Counts finished requests and output tokens per second; yields a function to call with each one's tokens."""
+def generation_bar(total: int | None) -> Iterator[Callable[[int], None]]:
+    """Counts finished requests and output tokens per second; yields a function to call with each one's tokens.
+    A ``total`` of None is not known."""
     import time
 
     from rich.console import Console

@@ -132,11 +132,13 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def finish(result: dict[str, Any], json_file: Path | None) -> None:
-    """The JSON line, last on stdout, and in a file when one was named."""
+def finish(result: dict[str, Any], json_file: Path | None, more: dict[str, Any] | None = None) -> None:
+    """The JSON line, last on stdout, and in a file when one was named, there with ``more``."""
     line = json.dumps(_rounded(result), allow_nan=False)
     print(f"\n{line}")
     if json_file is not None:
+        if more is not None:
+            line = json.dumps(_rounded(result) | more, allow_nan=False)
         try:
             json_file.write_text(line + "\n", encoding="utf-8")
         except OSError as error:

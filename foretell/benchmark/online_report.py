@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from foretell.benchmark.latency import goodput_line, latency_table, lateness_line, offered_load
 from foretell.benchmark.online import OnlineRun, run_open_loop, set_policy
 from foretell.benchmark.setup import Subject, describe, heading, subject_after, subject_of
 from foretell.benchmark.steps import Record, summarize_steps
-from foretell.benchmark.tables import BARS, cdf_rows, milliseconds, number, sparkline, table, timeline
+from foretell.benchmark.tables import BARS, cdf_rows, milliseconds, number, sparkline, timeline
 from foretell.config import PolicyName
 from foretell.trace.metrics import Objectives, Report, Spread, span_seconds, summarize
 from foretell.trace.workloads import Workload
@@ -19,19 +20,11 @@ if TYPE_CHECKING:
     from foretell.async_llm import AsyncLLM
 
 Say = Callable[[str], None]
-METRICS = {
-    "ttft_seconds": "TTFT",
-    "tpot_seconds": "TPOT",
-    "itl_seconds": "ITL",
-    "e2e_seconds": "E2E",
-    "queue_seconds": "queue",
-}
 TRADE_OFF = {
     "prefill-first": "new prompts go first: short TTFT, while running decodes wait",
     "decode-first": "running decodes go first: steady TPOT, while new prompts wait",
     "mixed": "decodes go first and prompt chunks fill the rest of each step",
 }
-LATE_SHARE = 0.1  # of the median TTFT: a generator later than that measures itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +145,6 @@ def _warmup_part(workload: Workload) -> Workload:
     return replace(workload, requests=tuple(first))
 
 
-def offered_load(workload: Workload) -> str:
-    seconds = workload.requests[-1].arrival_seconds
-    if seconds <= 0:
-        return "everything at once"
-    return (
-        f"{number(len(workload.requests) / seconds)} requests/s over {number(seconds)} s, "
-        f"{number(workload.prompt_tokens / seconds)} prompt and "
-        f"{number(workload.output_tokens / seconds)} output tok/s"
-    )
-
-
 # -- words ------------------------------------------------------------------------------------------------
 
 
@@ -173,22 +155,10 @@ def _one_line(report: Report) -> str:
     )
 
 
-def latency_table(report: Report, floor: Report | None = None) -> str:
-    rows = []
-    for name, label in METRICS.items():
-        spread: Spread = getattr(report, name)
-        row = [label, *(milliseconds(v) for v in (spread.mean, spread.p50, spread.p90, spread.p99))]
-        if floor is not None:
-            row.append(milliseconds(getattr(floor, name).p50))
-        rows.append(row)
-    header = ["ms", "mean", "P50", "P90", "P99"] + (["floor P50"] if floor is not None else [])
-    return table(header, rows)
-
-
 def say_outcome(policy: PolicyName, floor: Report, outcome: Outcome, objectives: Objectives, say: Say) -> None:
     report, lateness = outcome.report, outcome.lateness
     say(f"\n{policy}: {TRADE_OFF[policy]}")
-    say(latency_table(report, floor))
+    say(latency_table(report, {"floor": floor}))
     say(
         f"served {report.requests - report.failed} of {report.requests}; "
         f"{number(report.requests_per_second)} requests/s, {number(report.prompt_tokens_per_second)} prompt and "
@@ -196,15 +166,8 @@ def say_outcome(policy: PolicyName, floor: Report, outcome: Outcome, objectives:
         f"{report.cached_tokens:,} prompt tokens from the prefix cache"
     )
     if objectives.any:
-        say(
-            f"goodput: {number(report.goodput_per_second)} requests/s met every objective "
-            f"({100 * report.good_share:.0f} % of all)"
-        )
-    late = lateness.p99 > LATE_SHARE * report.ttft_seconds.p50
-    say(
-        f"generator late by mean {milliseconds(lateness.mean)}, P99 {milliseconds(lateness.p99)} ms"
-        + (": it could not keep its times, so latencies include its own delay" if late else "")
-    )
+        say(goodput_line(report))
+    say(lateness_line(lateness, report))
     for line in plots(outcome.last):
         say(line)
 

@@ -1,4 +1,4 @@
-"""``foretell bench offline`` and ``foretell bench online``: theory, then measurement, then one JSON line."""
+"""``foretell bench offline`` and ``online``: theory, then measurement, then one JSON line."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import typer
 
 from foretell.cli import bench_options as b
 from foretell.cli import options as o
+from foretell.cli.bench_serve import serve
 from foretell.cli.guard import guarded
 from foretell.store.aliases import DEFAULT_MODEL
 
 bench_app = typer.Typer(
     help="Measure: theory first, then the engine, then one JSON line.", no_args_is_help=True, rich_markup_mode="rich"
 )
+
+bench_app.command("serve")(serve)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -4,9 +4,14 @@ the p-th of n sorted values is at rank (n-1)·p/100 (numpy's default, type 7 of 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from foretell.errors import ConfigError
+
+_OBJECTIVE = re.compile(r"(ttft|tpot|e2e)\s*[=:]\s*(\d{1,9}(?:\.\d{1,9})?)\s*(ms|s)?")
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
@@ -100,6 +105,17 @@ class Objectives:
     ttft_seconds: float | None = None
     tpot_seconds: float | None = None
     e2e_seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Objectives:
+        """ "ttft=500ms,tpot=50ms,e2e=10s", any of them; a bare number is in milliseconds. ConfigError otherwise."""
+        found: dict[str, float] = {}
+        for part in text.split(","):
+            match = _OBJECTIVE.fullmatch(part.strip())
+            if match is None or f"{match[1]}_seconds" in found:
+                raise ConfigError(f"{text!r} is no list of objectives: write ttft=500ms,tpot=50ms,e2e=10s")
+            found[f"{match[1]}_seconds"] = float(match[2]) * (1.0 if match[3] == "s" else 1e-3)
+        return cls(**found)
 
     @property
     def any(self) -> bool:

@@ -1,0 +1,218 @@
+"""The command, from checked options to the JSON line."""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foretell.benchmark.commands import encoder, finish
+from foretell.benchmark.latency import latency_table, offered_load
+from foretell.benchmark.traffic import Arrivals, Traffic
+from foretell.errors import ConfigError
+from foretell.loadgen import plot, report
+from foretell.loadgen.drive import Driver, Pace, Run, run_loop
+from foretell.loadgen.http import HttpClient
+from foretell.loadgen.interface import Interface, Probed, model_of, probe
+from foretell.loadgen.prompts import PromptMaker
+from foretell.loadgen.target import Target
+from foretell.trace.metrics import Objectives
+from foretell.trace.workloads import TraceRequest, Workload
+
+if TYPE_CHECKING:
+    from foretell.store import Tokenizer
+
+DEFAULT_REQUESTS = 100
+UNKNOWN_VOCABULARY = 32_000
+WARMUP_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """``interface.model`` of "" means the first one that the server lists."""
+
+    target: Target
+    interface: Interface
+    traffic: Traffic
+    arrivals: Arrivals
+    pace: Pace
+    objectives: Objectives
+    tokenizer: str | None = None
+    warmup: int = 4
+    json_file: Path | None = None
+    with_records: bool = False
+    plot_file: Path | None = None
+
+
+def run_serve(asked: Asked) -> None:
+    """Everything that can be known to be wrong is found before the first request."""
+    plot.check_plot_name(asked.plot_file)
+    if asked.with_records and asked.json_file is None:
+        raise ConfigError("--records go into the file that --json names: give it")
+    asked.traffic.check()
+    asked = with_loop(asked)
+    tokenizer = None if asked.tokenizer is None else _tokenizer(asked.tokenizer)
+    workload = _workload(asked, tokenizer)
+    probed, run = run_loop(_serve(asked, workload, tokenizer))
+    _finish(asked, workload, probed, run)
+
+
+def with_loop(asked: Asked) -> Asked:
+    """Open or closed? A concurrency without a rate or a trace's own times means closed; nothing means 1/s."""
+    arrivals, pace, traffic = asked.arrivals, asked.pace, asked.traffic
+    timed = traffic.trace is not None or (arrivals.rate is not None and math.isfinite(arrivals.rate))
+    closed = pace.max_concurrency is not None and not timed
+    if closed and arrivals.ramp_to is not None:
+        raise ConfigError("--ramp-to is of arrival rates, and a closed loop has none: give --rate")
+    if closed:
+        arrivals = replace(arrivals, rate=None, duration_seconds=None)
+        pace = replace(pace, closed=True, duration_seconds=asked.arrivals.duration_seconds)
+    elif traffic.trace is None and arrivals.rate is None:
+        arrivals = replace(arrivals, rate=1.0)
+    arrivals.check()
+    if traffic.trace is None and traffic.num_requests is None:
+        needed = DEFAULT_REQUESTS if closed else arrivals.requests_needed()
+        traffic = replace(traffic, num_requests=needed if traffic.workload is None else None)
+    return replace(asked, arrivals=arrivals, pace=pace, traffic=traffic)
+
+
+def _workload(asked: Asked, tokenizer: Tokenizer | None) -> Workload:
+    vocab_size = UNKNOWN_VOCABULARY if tokenizer is None else tokenizer.vocab_size
+    found = asked.traffic.build(vocab_size, encoder(tokenizer), default_requests=DEFAULT_REQUESTS)
+    return asked.arrivals.apply(found, asked.traffic.seed)
+
+
+def _tokenizer(reference: str) -> Tokenizer:
+    from foretell.store import load_tokenizer, resolve
+
+    tokenizer = load_tokenizer(resolve(reference))
+    if tokenizer is None:
+        raise ConfigError(f"--tokenizer {reference}: it has none")
+    return tokenizer
+
+
+async def _serve(asked: Asked, workload: Workload, tokenizer: Tokenizer | None) -> tuple[Probed, Run]:
+    with closing(HttpClient(asked.target)) as client:
+        interface = asked.interface
+        if not interface.model:
+            interface = replace(interface, model=await model_of(client))
+        probed = await probe(client, interface)
+        prompts = _prompts(workload, tokenizer, probed)
+        _say_before(asked, workload, prompts, probed)
+        if asked.warmup:
+            await _warm_up(client, probed.interface, prompts, asked.warmup, asked.pace.timeout_seconds)
+        endless = asked.pace.closed and asked.pace.duration_seconds is not None
+        with _bar(None if endless else len(workload.requests)) as advance:
+            driver = Driver(client, probed.interface, prompts, asked.pace, advance=advance)
+            return probed, await driver.run()
+
+
+def _bar(total: int | None) -> Any:
+    from foretell.progress import generation_bar
+
+    return generation_bar(total) if sys.stderr.isatty() else nullcontext()
+
+
+def _prompts(workload: Workload, tokenizer: Tokenizer | None, probed: Probed) -> PromptMaker:
+    if tokenizer is None:
+        return PromptMaker(
+            workload, tokens_per_word=probed.tokens_per_word or 1.0, overhead_tokens=probed.overhead_tokens or 0.0
+        )
+    as_ids = probed.interface.endpoint == "completions"
+    return PromptMaker(workload, tokenizer, tokenizer.vocab_size, as_ids)
+
+
+async def _warm_up(
+    client: HttpClient, interface: Interface, prompts: PromptMaker, count: int, timeout: float
+) -> None:
+    """Short answers, all at once, to prompts like the workload's that share nothing with it."""
+    first = prompts.workload.requests[:count]
+    requests = tuple(TraceRequest(r.prompt_len, min(WARMUP_TOKENS, r.output_len)) for r in first)
+    own = replace(prompts, workload=replace(prompts.workload, requests=requests))
+    pace = Pace(closed=True, max_concurrency=count, timeout_seconds=timeout)
+    await Driver(client, interface, own, pace, advance=None).run(variant=0x5EED)
+
+
+# -- words ------------------------------------------------------------------------------------------------
+
+
+def _say_before(asked: Asked, workload: Workload, prompts: PromptMaker, probed: Probed) -> None:
+    interface, pace = probed.interface, asked.pace
+    print(f"{asked.target.url}{interface.path}, model {interface.model}")
+    print(
+        f"workload {workload.name}: {workload.description} "
+        f"({workload.prompt_tokens:,} prompt tokens, {workload.output_tokens:,} output tokens)"
+    )
+    print(f"prompts: {_prompt_words(prompts, probed)}")
+    for note in probed.notes:
+        print(f"note: {note}")
+    if pace.closed:
+        print(
+            f"closed loop: {pace.max_concurrency} users, each sends its next request when the last one is answered; "
+            "a slow server gets fewer requests, so these latencies are not those of independent arrivals"
+        )
+        return
+    print(f"open loop, offered: {offered_load(workload)}; latencies count from when a request is due")
+    if pace.max_concurrency is not None:
+        print(f"at most {pace.max_concurrency} at once: the others wait here, and that wait counts")
+
+
+def _prompt_words(prompts: PromptMaker, probed: Probed) -> str:
+    if prompts.as_ids:
+        return "token ids, of exact length"
+    if prompts.tokenizer is not None:
+        return "text of the tokenizer's tokens, plus what the chat template adds"
+    if all(request.prompt_text is not None for request in prompts.workload.requests):
+        return "the trace's own texts; lengths above are estimates at 4 characters per token"
+    if probed.tokens_per_word is None:
+        return "common words, taken for one token each: the server counts nothing that could tell"
+    return (
+        f"common words; this server makes {prompts.tokens_per_word:.3g} tokens of each "
+        f"and adds {prompts.overhead_tokens:.0f} to a prompt"
+    )
+
+
+def _finish(asked: Asked, workload: Workload, probed: Probed, run: Run) -> None:
+    measured = report.report_of(run, asked.objectives)
+    report.say_run(run, measured, asked.pace, asked.objectives, print)
+    if asked.plot_file is not None:
+        title = f"{probed.interface.model}, {workload.name}: {_load(asked, workload)}"
+        times = [sent.times() for sent in report.finished(run)]
+        svg = plot.picture(title, times, measured, asked.objectives)
+        plot.write_plot(asked.plot_file, svg, latency_table(measured))
+        print(f"plot: {asked.plot_file}")
+    result = {
+        "bench": "serve",
+        "url": asked.target.url,
+        "endpoint": probed.interface.endpoint,
+        "model": probed.interface.model,
+        "loop": "closed" if asked.pace.closed else "open",
+        "max_concurrency": asked.pace.max_concurrency,
+        "arrivals": _arrivals(asked),
+        "workload": workload.name,
+        "requests": len(workload.requests),
+        "prompt_tokens_asked": workload.prompt_tokens,
+        "output_tokens_asked": workload.output_tokens,
+        "ignore_eos": probed.interface.ignore_eos,
+        "seed": asked.traffic.seed,
+        "objectives": asdict(asked.objectives),
+        **report.as_dict(run, measured),
+    }
+    finish(result, asked.json_file, {"records": report.records(run)} if asked.with_records else None)
+    if run.interrupted:
+        raise KeyboardInterrupt
+
+
+def _load(asked: Asked, workload: Workload) -> str:
+    return f"{asked.pace.max_concurrency} users" if asked.pace.closed else offered_load(workload)
+
+
+def _arrivals(asked: Asked) -> dict[str, float | str | None]:
+    """JSON knows no infinity: an infinite rate or burstiness becomes "inf"."""
+    found: dict[str, float | str | None] = asdict(asked.arrivals)
+    if asked.pace.closed:
+        found["duration_seconds"] = asked.pace.duration_seconds
+    return {name: "inf" if value == math.inf else value for name, value in found.items()}
