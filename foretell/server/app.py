@@ -18,12 +18,15 @@ from foretell.server.errors import ApiError, error_body, told
 from foretell.server.guard import Guard
 from foretell.server.openapi import document
 from foretell.server.responses import json_response
-from foretell.server.routes import health, messages, models, responses
+from foretell.server.routes import chat, completions, health, messages, models, responses
+from foretell.server.sse import ClientGoneError
 
 if TYPE_CHECKING:
     from foretell.server.text_engine import TextEngine
 
-ROUTERS = (models.router, health.router, responses.router, messages.router)
+ROUTERS = (
+    completions.router, chat.router, responses.router, messages.router, models.router, health.router,
+)  # fmt: skip
 
 
 def create_app(
@@ -48,6 +51,7 @@ def create_app(
         app.include_router(router)
     for kind in (ApiError, ForetellError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
+    app.add_exception_handler(ClientGoneError, _nobody)
     app.add_middleware(Guard, config=config)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
@@ -63,6 +67,11 @@ async def _answer(request: Request, error: Exception) -> Response:
     else:
         api = told(error)
     return json_response(error_body(api, request.url.path, request_id_of(request)), api.status, api.headers)
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    """The client has left: this answer is for the access log."""
+    return Response(status_code=499)
 
 
 _FRAMEWORK: dict[int, Any] = {

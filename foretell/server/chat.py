@@ -36,6 +36,7 @@ class ChatRequest:
     params: SamplingParams
     tools: Sequence[dict[str, Any]] = ()
     tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True  # False: calls after the first are dropped
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -119,6 +120,8 @@ async def chat_deltas(
                 if reason is not None:
                     rest, more = parsers[index].finish()
                     text, calls = text + rest, [*calls, *more]
+                if not request.parallel_tool_calls:
+                    calls = [call for call in calls if call.index == 0]
                 if calls:
                     called.add(index)
                 if reason == "stop" and index in called:

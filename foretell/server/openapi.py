@@ -14,6 +14,7 @@ from foretell.server.protocol.base import ErrorResponse
 
 _REF = "#/components/schemas/{model}"
 _REQUEST_MODELS: set[type[BaseModel]] = set()
+_CHUNK_MODELS: set[type[BaseModel]] = set()
 _MEANINGS = {
     400: "The request can never be served as asked.",
     401: "No valid API key.",
@@ -38,16 +39,20 @@ def describe(
     *,
     body: type[BaseModel] | None = None,
     summary: str,
-    stream: bool = False,
+    stream: bool | type[BaseModel] = False,
     errors: tuple[int, ...] = (),
     error_model: type[BaseModel] = ErrorResponse,
     tags: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Keyword arguments for ``router.post``: ``response`` is the model of a 200 answer, ``body`` that of the request;
-    ``stream`` says that the answer may also be server-sent events."""
+    ``stream`` says that the answer may also be server-sent events, and of what."""
     answers: dict[int | str, dict[str, Any]] = {200: {"model": response}}
     if stream:
-        answers[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        what = "Server-sent events."
+        if not isinstance(stream, bool):
+            _CHUNK_MODELS.add(stream)
+            what = f"Events whose data is a {stream.__name__}; after the last one, `data: [DONE]`."
+        answers[200]["content"] = {"text/event-stream": {"schema": {"type": "string", "description": what}}}
     for status in sorted({*COMMON_ERRORS, *(BODY_ERRORS if body else ()), *errors}):
         answers[status] = {"model": error_model, "description": _MEANINGS[status]}
     extra: dict[str, Any] = {}
@@ -70,7 +75,7 @@ def document(app: FastAPI) -> dict[str, Any]:
         made = get_openapi(
             title=app.title, version=app.version, summary=app.summary, description=app.description, routes=app.routes
         )
-        models = sorted(_REQUEST_MODELS, key=lambda m: m.__name__)
+        models = sorted(_REQUEST_MODELS | _CHUNK_MODELS, key=lambda m: m.__name__)
         _, definitions = models_json_schema([(m, "validation") for m in models], ref_template=_REF)
         components = made.setdefault("components", {})
         schemas = {**definitions.get("$defs", {}), **components.get("schemas", {})}

@@ -51,15 +51,15 @@ def _asked(fields: SamplingFields) -> list[tuple[str, str, Any]]:
     return [entry for entry in stated if entry[2] is not None]
 
 
-def check_schema_size(param: str, value: Any, config: ServerConfig) -> str:
-    """``value`` as text, if it is within max_schema_bytes and max_schema_depth."""
+def check_schema_size(param: str, value: Any, config: ServerConfig, *, inner: int = 0) -> str:
+    """``value`` as text, if it is within max_schema_bytes and max_schema_depth, which starts ``inner`` levels in."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     size = len(text.encode())
     if size > config.max_schema_bytes:
         raise ApiError(
             400, f"{param} has {size} bytes and {config.max_schema_bytes} are allowed", param=param, code="too_large"
         )
-    if depth(value, config.max_schema_depth) > config.max_schema_depth:
+    if depth(value, config.max_schema_depth + inner) > config.max_schema_depth + inner:
         raise ApiError(
             400, f"{param} is nested deeper than {config.max_schema_depth} levels", param=param, code="too_deep"
         )

@@ -24,7 +24,8 @@ class ForeignPart(Request, extra="allow"):
     type: str
 
 
-Content = str | list[TextPart | ForeignPart]
+Part = Annotated[TextPart | ForeignPart, Field(union_mode="left_to_right")]
+Content = str | list[Part]
 
 
 class CalledFunction(Request):
