@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_KV_SHARE = 0.3  # of the memory that is free when the engine starts
 
 
@@ -35,7 +36,7 @@ class EngineOptions:
     dtype: str = "auto"
     load_format: str = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 64
+    max_num_seqs: int | None = None  # 64, or max_num_batched_tokens where that is less
     max_num_batched_tokens: int = 2048
     max_chunk_tokens: int = 0
     kv_cache_bytes: int | None = None
@@ -64,12 +65,17 @@ class EngineOptions:
             self.load_format in LOAD_FORMATS,
             f"load_format {self.load_format!r} is unknown: choose one of {', '.join(LOAD_FORMATS)}",
         )
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "starvation_turns", "tp", "pp"):
+        for name in ("max_num_batched_tokens", "block_size", "starvation_turns", "tp", "pp"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, f"{name} must be a whole number ≥ 1, got {value!r}")
-        for name in ("max_model_len", "kv_cache_bytes", "num_threads"):
+        for name in ("max_num_seqs", "max_model_len", "kv_cache_bytes", "num_threads"):
             value = getattr(self, name)
             need(value is None or (isinstance(value, int) and value >= 1), f"{name} must be ≥ 1, got {value!r}")
+        need(
+            (self.max_num_seqs or 1) <= self.max_num_batched_tokens,
+            f"max_num_seqs ({self.max_num_seqs}) is above max_num_batched_tokens ({self.max_num_batched_tokens}): "
+            "each request of a step takes a token at least: raise the one or lower the other",
+        )
         need(self.max_chunk_tokens >= 0, f"max_chunk_tokens must be ≥ 0, got {self.max_chunk_tokens!r}")
         need(0 <= self.watermark < 1, f"watermark is a share in [0, 1), got {self.watermark!r}")
 
@@ -256,7 +262,7 @@ def _load_ranks(
 
 def scheduler_config(options: EngineOptions, max_model_len: int) -> SchedulerConfig:
     return SchedulerConfig(
-        max_num_seqs=options.max_num_seqs,
+        max_num_seqs=options.max_num_seqs or min(DEFAULT_MAX_NUM_SEQS, options.max_num_batched_tokens),
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=max_model_len,
         max_chunk_tokens=options.max_chunk_tokens,

@@ -51,7 +51,10 @@ KVCacheBytes = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
-MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Most requests in one step.", rich_help_panel=_ENGINE)]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most requests in one step; 64, within the token budget.", rich_help_panel=_ENGINE),
+]
 MaxBatchedTokens = Annotated[
     int,
     typer.Option("--max-num-batched-tokens", min=1, help="Most tokens in one step.", rich_help_panel=_ENGINE),

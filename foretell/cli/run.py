@@ -48,7 +48,7 @@ def run(
     dtype: o.Dtype = "auto",
     max_model_len: o.MaxModelLen = None,
     kv_cache_bytes: o.KVCacheBytes = None,
-    max_num_seqs: o.MaxNumSeqs = 64,
+    max_num_seqs: o.MaxNumSeqs = None,
     max_num_batched_tokens: o.MaxBatchedTokens = 2048,
     policy: o.Policy = "mixed",
     threads: o.Threads = None,

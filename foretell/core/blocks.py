@@ -71,6 +71,7 @@ class BlockManager:
         self.windows = tuple(windows)
         self.pools = [BlockPool(n) for n in num_blocks]
         self.caching = caching
+        self.given_back = 0  # times that blocks were: nothing else makes room
 
     @property
     def max_tokens_per_request(self) -> int:
@@ -116,6 +117,13 @@ class BlockManager:
         while count and not self._windows_cached(hashes, count):
             count -= 1
         return count * self.block_size
+
+    def may_hold_more(self, request: Request, cached: int) -> bool:
+        """Whether a search might by now find more than the ``cached`` tokens that the last one found."""
+        if any(window is not None for window in self.windows):
+            return True  # a hit depends on many blocks
+        index = cached // self.block_size
+        return index < len(request.hashes) and request.hashes[index] in self.pools[0].cached
 
     def _windows_cached(self, hashes: list[bytes], count: int) -> bool:
         for pool, window in zip(self.pools, self.windows, strict=True):
@@ -200,6 +208,7 @@ class BlockManager:
                 continue
             table, start = request.blocks[group], request.releasable_from[group]
             end = min(self._first_needed(next_position, window), len(table))
+            self.given_back += end > start
             for i in range(start, end):
                 self.pools[group].release(table[i])
                 table[i] = DROPPED
@@ -221,6 +230,7 @@ class BlockManager:
 
     def release(self, request: Request) -> None:
         """Give everything back, the end of the sequence first: beginnings are what others share."""
+        self.given_back += 1
         for table, pool in zip(request.blocks, self.pools, strict=False):  # no tables: it holds nothing
             for block in reversed(table):
                 if block != DROPPED:

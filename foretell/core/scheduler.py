@@ -47,6 +47,7 @@ class Scheduler:
         self._next_batch_id = 0
         self._removed: list[int] = []
         self._preempted: list[tuple[int, str]] = []
+        self._no_room: tuple[Request, int, int] | None = None  # who found none; its hits, blocks.given_back then
         self.counters = Counters()
 
     # -- requests in and out ------------------------------------------------------------------------
@@ -250,9 +251,8 @@ class Scheduler:
             return False
         if not self.policy.mixes and plan.prefill is False:
             return False
-        cached = self.blocks.find_cached(request)
-        spare = -self.blocks.shortage(request, cached, len(request.tokens), self._reserved_blocks())
-        if spare < (self.watermark_blocks if self.running else 0):
+        cached = self._find_room(request)
+        if cached is None:
             return False
         self.blocks.attach(request, cached)
         request.prefill_end = len(request.tokens)
@@ -265,6 +265,22 @@ class Scheduler:
             return False
         self._finish_admission(request, first_blocks, plan, now)
         return True
+
+    def _find_room(self, request: Request) -> int | None:
+        """Tokens that cached blocks save it, if there is room for the rest. Who found none is not searched for
+        again until blocks have been given back, or the cache holds more of its prefix."""
+        blocks = self.blocks
+        if self._no_room is not None:
+            refused, cached, given_back = self._no_room
+            if refused is request and given_back == blocks.given_back and not blocks.may_hold_more(request, cached):
+                return None
+        cached = blocks.find_cached(request)
+        spare = -blocks.shortage(request, cached, len(request.tokens), self._reserved_blocks())
+        if spare < (self.watermark_blocks if self.running else 0):
+            self._no_room = (request, cached, blocks.given_back)
+            return None
+        self._no_room = None
+        return cached
 
     def _finish_admission(
         self, request: Request, first_blocks: tuple[tuple[int, ...], ...], plan: _Plan, now: float

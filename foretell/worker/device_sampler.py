@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foretell.core.params import SamplingParams
-from foretell.worker.sampler import FIRST_CANDIDATES, draw_at, keep_likeliest, uniform
+from foretell.worker.sampler import CANDIDATES, draw_at, keep_likeliest, uniform
 
 ROWS_AT_ONCE = 64  # bounds the memory of a pass over [rows, vocab]
 _FIELDS = 6  # row, temperature, top_k, top_p, min_p, uniform number
@@ -41,8 +41,8 @@ class DrawPlan:
                 p.min_p,
                 uniform(p.seed or 0, index),
             )
-            if cut and p.top_k <= FIRST_CANDIDATES:
-                width = max(width, min(vocab, FIRST_CANDIDATES))
+            if cut and p.top_k <= CANDIDATES:
+                width = max(width, min(vocab, CANDIDATES))
             elif cut or p.top_p < 1:
                 width = vocab
         host = self.host[ring][: values.size]
@@ -65,12 +65,12 @@ def _draw_some(logits: Tensor, plan: Tensor, width: int) -> Tensor:
     scaled = logits.index_select(0, rows.long()) / temperature.to(logits.dtype)[:, None]
     finite = torch.isfinite(scaled.amax(dim=-1))
     probs = torch.softmax(scaled, dim=-1)
+    floor = min_p.to(probs.dtype)[:, None] * probs.amax(dim=-1, keepdim=True)
+    probs = torch.where(probs >= floor, probs, 0.0)
     if width:
         cut = (top_k < logits.shape[-1]) | (top_p < 1)
         kept, _ = keep_likeliest(probs, top_k.long(), top_p, width)
         probs = torch.where(cut[:, None], kept, probs)
-    floor = min_p.to(probs.dtype)[:, None] * probs.amax(dim=-1, keepdim=True)
-    probs = torch.where(probs >= floor, probs, 0.0)
     return torch.where(finite, draw_at(probs, u), -1)
 
 

@@ -96,3 +96,36 @@ def test_a_long_prompt_reserves_a_window_of_a_sliding_group_not_all_its_tokens()
 
 def test_a_chunk_shrinks_to_what_a_sliding_group_has_free() -> None:
     assert turns_until_scheduled(4, sliding_blocks=12, head_start=30) == 1
+
+
+def test_a_blocked_request_is_searched_in_the_cache_once_until_blocks_come_back() -> None:
+    engine = Engine(SchedulerConfig(max_num_batched_tokens=512), VirtualExecutor(LinearCost(), (64,)))
+    scheduler, shared = engine.scheduler, list(range(400))
+    engine.add(0, shared, SamplingParams(max_tokens=100))
+    engine.step()
+    searched: list[int] = []
+    find = scheduler.blocks.find_cached
+
+    def counted(request: Any) -> int:
+        searched.append(request.id)
+        return find(request)
+
+    scheduler.blocks.find_cached = counted  # type: ignore[method-assign]
+    large = engine.add(1, [7] * 700, SamplingParams(max_tokens=1))
+    engine.add(2, [8] * 700, SamplingParams(max_tokens=1))  # behind it, never looked at
+    while large.first_scheduled is None:
+        engine.step()
+    assert searched == [1, 1]
+    assert scheduler.counters.generation_tokens == 100  # it went in when the other one's blocks came back
+
+
+def test_a_blocked_request_goes_on_as_soon_as_the_cache_holds_enough_of_its_prefix() -> None:
+    """Nothing is given back meanwhile: the first request is still at work on the prompt they share."""
+    config = SchedulerConfig(max_num_batched_tokens=64, watermark=0.0)
+    engine = Engine(config, VirtualExecutor(LinearCost(), (40,)))
+    first = engine.add(0, list(range(480)), SamplingParams(max_tokens=100))
+    second = engine.add(1, list(range(480)), SamplingParams(max_tokens=100))
+    while second.first_scheduled is None:
+        engine.step()
+    assert first.finish_reason is None
+    assert second.cached_tokens > 300

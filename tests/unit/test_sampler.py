@@ -45,17 +45,45 @@ def test_truncation_keeps_the_tokens_that_transformers_keeps(
     ours = truncate(logits, [state(i, top_k=top_k, top_p=top_p, min_p=min_p) for i in range(3)])
     ids = torch.zeros(3, 1, dtype=torch.long)
     expected = logits
+    if min_p:
+        expected = MinPLogitsWarper(min_p)(ids, expected)
     if 0 < top_k < VOCAB:
         expected = TopKLogitsWarper(top_k)(ids, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(ids, expected)
-    if min_p:
-        expected = MinPLogitsWarper(min_p)(ids, expected)
     kept = torch.softmax(expected, -1)
     # float32 cumulative sums may disagree about a token at the very edge of the nucleus
     disagree = (ours > 0) != (kept > 0)
     assert disagree.sum() <= 1
     assert torch.allclose((ours / ours.sum(-1, keepdim=True))[~disagree], kept[~disagree], atol=5e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6), st.sampled_from([0, 1, 257, 2000, 2999]), st.floats(0.001, 0.9999), st.integers(1, 3000)
+)
+def test_a_flat_nucleus_is_the_smallest_set_with_enough_mass(
+    seed: int, top_k: int, top_p: float, levels: int
+) -> None:
+    """Beyond the first candidates, with ties (few levels of logits), against a plain sort."""
+    logits = torch.randint(levels, (2, 3000), generator=torch.Generator().manual_seed(seed)) / 2000
+    probs = torch.softmax(logits, -1)
+    kept = truncate(logits, [state(i, top_k=top_k, top_p=top_p) for i in range(2)])
+    for row, own in zip(probs.double(), kept.double(), strict=True):
+        assert bool(((own == 0) | (own == row)).all())
+        ordered = row.sort(descending=True).values[: top_k or None]
+        count = int((own > 0).sum())
+        assert torch.equal(own[own > 0].sort(descending=True).values, ordered[:count])
+        goal = top_p * ordered.sum()
+        assert ordered[: count - 1].sum() < goal + 1e-9
+        assert ordered[:count].sum() > goal - 1e-9
+
+
+def test_min_p_goes_first_and_top_p_is_of_what_it_leaves() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.06, 0.04]]).log()
+    kept = truncate(logits, [state(min_p=0.2, top_p=0.8)])  # 0.5, 0.25, 0.15 are left: 0.75 of 0.9 is enough
+    assert (kept > 0).tolist() == [[True, True, False, False, False]]
+    assert (truncate(logits, [state(top_p=0.8)]) > 0).sum() == 3
 
 
 @settings(max_examples=50, deadline=None)
