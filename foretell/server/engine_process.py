@@ -252,7 +252,7 @@ def build(options: dict[str, Any], on_phase: OnPhase) -> tuple[Engine, wire.Read
         eos_token_ids=assembly.eos_token_ids,
         max_model_len=assembly.engine.scheduler.config.max_model_len,
         max_tokens_per_request=assembly.max_model_len,
-        max_num_seqs=made.max_num_seqs,
+        max_num_seqs=assembly.engine.scheduler.config.max_num_seqs,
         dtype=assembly.dtype,
         weight_format=assembly.weight_format,
         kernels=assembly.kernels,
