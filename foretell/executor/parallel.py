@@ -14,8 +14,8 @@ import selectors
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,12 +23,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from foretell.children import python_module, start_child
 from foretell.core.messages import Batch, Result
 from foretell.errors import ForetellError
 from foretell.parallel.layout import Layout
 from foretell.parallel.messages import Beat, Channel, Done, Failed, Ready, Setup, Step, Stop, ToDriver
 
 SILENT_SECONDS = 5.0  # a rank beats twice a second; silent so long, it is stopped or its machine is gone
+LOADING_SILENT_SECONDS = 60.0  # importing torch on a busy machine leaves no room for a heartbeat
 SLOWEST_STEP_SECONDS = 120.0  # no step may take longer, nor 10 × the longest of its size so far if that is more
 LOAD_SECONDS = 1800.0
 GRACE_SECONDS = 0.5  # after the first sign of trouble: the cause is who was killed, not who complained first
@@ -87,11 +89,9 @@ class ParallelExecutor:
             raise
 
     def _start(self, number: int, setup: Setup) -> None:
-        ours, theirs = socket.socketpair()
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
-        command = [sys.executable, "-m", "foretell.parallel.rank", str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
-        theirs.close()
+        # Linux takes the death of the thread that starts a process for the parent's: only the main thread stays
+        tied = threading.current_thread() is threading.main_thread()
+        process, ours = start_child([*python_module("foretell.parallel.rank"), "tied" if tied else "free"])
         rank = Rank(str(self.layout.place(number)), process, Channel(ours, ToDriver))
         self.ranks.append(rank)
         self._selector.register(ours, selectors.EVENT_READ, rank)
@@ -204,15 +204,16 @@ class ParallelExecutor:
     def _look_after(self) -> None:
         now = time.monotonic()
         for rank in self.ranks:
-            if not rank.lost and now - rank.heard > SILENT_SECONDS:
+            limit = LOADING_SILENT_SECONDS if rank.ready is None else SILENT_SECONDS
+            if not rank.lost and now - rank.heard > limit:
                 rank.lost = f"has been silent for {now - rank.heard:.0f} s"
         if any(rank.lost for rank in self.ranks):
             self._fail(self._cause())
         oldest = min((sent for sent, _ in self._sent.values()), default=now)
-        limit = max(SLOWEST_STEP_SECONDS, 10 * self._slowest)
-        if now - oldest > limit:
+        longest = max(SLOWEST_STEP_SECONDS, 10 * self._slowest)
+        if now - oldest > longest:
             phases = "; ".join(f"{rank.name}: {rank.phase}" for rank in self.ranks)
-            self._fail(f"a step has taken {now - oldest:.0f} s, the limit being {limit:.0f}: {phases}")
+            self._fail(f"a step has taken {now - oldest:.0f} s, the limit being {longest:.0f}: {phases}")
 
     def _cause(self) -> str:
         """The rank that is the reason: one that was killed before those that missed it."""

@@ -1,6 +1,6 @@
 """One rank: a process that holds its share of the model and computes its part of every batch.
 
-Started by ``ParallelExecutor`` as ``python -m foretell.parallel.rank FD``; FD is its end of a socket pair.
+Started by ``ParallelExecutor``; the last argument is the number of its end of a socket pair.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from foretell.children import die_with_parent
 from foretell.parallel.messages import Beat, Channel, Done, Failed, Ready, Setup, Step, Stop, ToRank
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ class Heart:
             time.sleep(BEAT_SECONDS)
 
 
-def main(fd: int) -> int:
-    die_with_parent()
+def main(fd: int, *, tied: bool) -> int:
+    """``tied``: the driver's death ends this process at once, not only when its heart finds nobody listening."""
+    if tied:
+        die_with_parent()
     channel = Channel(socket.socket(fileno=fd), ToRank)
     heart = Heart(channel)
     try:
@@ -80,6 +83,7 @@ def load(setup: Setup, heart: Heart) -> tuple[StageRunner, Ready]:
 
     phases["import torch"] = time.perf_counter() - started
     heart.phase = "meeting the other ranks"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     files = resolve(setup.model, offline=True)
     spec = spec_for(files)
     layout = make_layout(spec, setup.tp, setup.pp)
@@ -143,16 +147,5 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def die_with_parent() -> None:
-    """Where the kernel can (Linux), the death of the parent ends this process too, whatever it is doing."""
-    if sys.platform == "linux":
-        import ctypes
-        import signal
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:  # it died before
-            os._exit(1)
-
-
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[2]), tied=sys.argv[1] == "tied"))

@@ -33,7 +33,7 @@ def open_two() -> tuple[LLM, ParallelExecutor]:
 def test_a_lost_rank_is_named_and_the_others_end(
     number: signal.Signals, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "SILENT_SECONDS", 2.0)
+    monkeypatch.setattr(parallel, "SILENT_SECONDS", 3.0)
     llm, executor = open_two()
     with llm:
         stream = llm.stream([1, 2, 3], LONG)
