@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from foretell.core.structured import StructuredOutput
 from foretell.errors import UnavailableError
 from foretell.server.chat import ChatDelta, ChatRequest, chat_deltas, prompt_ids_aside
 from foretell.server.conversation import since, turn_starts
@@ -68,8 +69,8 @@ def check_tools(tools: Sequence[dict[str, Any]], config: ServerConfig) -> None:
     check_count("tools", sum(len(text.encode()) for text in texts), config.max_schema_bytes, "bytes of schemas")
 
 
-def structured(kind: str, param: str, schema: Any, config: ServerConfig) -> dict[str, Any]:
-    """SamplingParams' word for the form an answer must have."""
-    if schema is not None:
-        check_schema_size(param, schema, config)
-    raise ApiError(400, f"{param} is not supported by this engine", param=param, code="unsupported_parameter")
+def json_form(param: str, schema: dict[str, Any] | None, config: ServerConfig) -> StructuredOutput:
+    """An answer that must be JSON: of this schema, or any object."""
+    if schema is None:
+        return StructuredOutput.json_object()
+    return StructuredOutput.json_schema(check_schema_size(param, schema, config))

@@ -41,7 +41,8 @@ class Guard:
             return
         headers = header_dict(scope)
         request_id = scope["request_id"] = f"req-{secrets.token_hex(12)}"
-        extra = [(b"x-request-id", request_id.encode())]
+        # OpenAI's clients read the one, Anthropic's the other
+        extra = [(b"x-request-id", request_id.encode()), (b"request-id", request_id.encode())]
         client_id = headers.get("x-client-request-id") or headers.get("x-request-id") or ""
         if _CLIENT_ID.fullmatch(client_id):
             extra.append((b"x-client-request-id", client_id.encode()))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.core.params import SamplingParams
 from foretell.errors import InvalidRequestError
-from foretell.server.answering import check_tools, function_tool, structured
+from foretell.server.answering import check_tools, function_tool, json_form
 from foretell.server.chat import ChatRequest
 from foretell.server.conversation import Conversation, Message
 from foretell.server.protocol.anthropic import MessagesRequest
@@ -16,6 +16,7 @@ from foretell.server.sampling import check_count
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from foretell.core.structured import StructuredOutput
     from foretell.server.config import ServerConfig
     from foretell.server.context import Server
     from foretell.server.protocol.anthropic import BlockIn, CountTokensRequest, Texts
@@ -115,7 +116,7 @@ def chat_request(request: CountTokensRequest, server: Server) -> ChatRequest:
 
 def sampling(request: CountTokensRequest, config: ServerConfig) -> SamplingParams:
     if not isinstance(request, MessagesRequest):
-        return SamplingParams(**_structured(request, config))
+        return SamplingParams(structured=_structured(request, config))
     stops = request.stop_sequences or ()
     check_count("stop_sequences", len(stops), config.max_stops, "entries")
     check_count("stop_sequences", max(map(len, stops), default=0), config.max_stop_chars, "characters in one")
@@ -125,15 +126,15 @@ def sampling(request: CountTokensRequest, config: ServerConfig) -> SamplingParam
         top_k=request.top_k or 0,
         top_p=1.0 if request.top_p is None else request.top_p,
         stop=stops,
-        **_structured(request, config),
+        structured=_structured(request, config),
     )
 
 
-def _structured(request: CountTokensRequest, config: ServerConfig) -> dict[str, Any]:
+def _structured(request: CountTokensRequest, config: ServerConfig) -> StructuredOutput | None:
     form = request.output_config.format if request.output_config else None
     if form is None:
-        return {}
-    return structured("json_schema", "output_config.format.schema", form.schema_, config)
+        return None
+    return json_form("output_config.format.schema", form.schema_, config)
 
 
 def tools_and_choice(request: CountTokensRequest) -> tuple[list[dict[str, Any]], Any]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.core.params import SamplingParams
 from foretell.errors import InvalidRequestError
-from foretell.server.answering import check_tools, function_tool, structured
+from foretell.server.answering import check_tools, function_tool, json_form
 from foretell.server.chat import ChatRequest
 from foretell.server.conversation import Conversation, Message, parsed_arguments, read_arguments
 from foretell.server.responses_events import new_id
 from foretell.server.sampling import check_count
 
 if TYPE_CHECKING:
+    from foretell.core.structured import StructuredOutput
     from foretell.server.config import ServerConfig
     from foretell.server.context import Server
     from foretell.server.protocol.responses import Content, InputItem, ResponsesRequest
@@ -86,17 +87,15 @@ def sampling(request: ResponsesRequest, config: ServerConfig) -> SamplingParams:
         top_p=1.0 if request.top_p is None else request.top_p,
         max_tokens=request.max_output_tokens,
         logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
-        **_structured(request, config),
+        structured=_structured(request, config),
     )
 
 
-def _structured(request: ResponsesRequest, config: ServerConfig) -> dict[str, Any]:
+def _structured(request: ResponsesRequest, config: ServerConfig) -> StructuredOutput | None:
     form = request.text.format if request.text else None
     if form is None or form.type == "text":
-        return {}
-    if form.type == "json_object":
-        return structured("json_object", "text.format", None, config)
-    return structured("json_schema", "text.format.schema", form.schema_, config)
+        return None
+    return json_form("text.format.schema", None if form.type == "json_object" else form.schema_, config)
 
 
 def tools_and_choice(request: ResponsesRequest) -> tuple[list[dict[str, Any]], Any]:

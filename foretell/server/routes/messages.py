@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -9,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from foretell.server.answering import sound_deltas
 from foretell.server.chat import ChatRequest, prompt_ids_aside
-from foretell.server.context import Server, request_id_of, server_of
+from foretell.server.context import Server, server_of
 from foretell.server.errors import ApiError
 from foretell.server.limits import parse
 from foretell.server.messages_events import Event, MessageEvents
@@ -22,7 +23,7 @@ from foretell.server.sse import EventStream, event, unless_gone
 
 router = APIRouter()
 _TAGS = ("messages",)
-VERSIONS = ("2023-06-01",)  # the older one streamed in another way
+OLDEST_VERSION = "2023-06-01"  # before it, answers and streams had another form; since then they have only grown
 
 
 @router.post(
@@ -50,7 +51,7 @@ async def create_message(request: Request) -> Response:
     if asked.stream:
         return EventStream(_pieces(events), chat.timeout_seconds, named_errors=True)
     await unless_gone(request.receive, _exhaust(events))
-    return json_response(machine.message, headers={"request-id": request_id_of(request)})
+    return json_response(machine.message)
 
 
 @router.post(
@@ -73,9 +74,10 @@ async def count_tokens(request: Request) -> Response:
 
 
 def _check_version(request: Request) -> None:
-    version = request.headers.get("anthropic-version")
-    if version is not None and version not in VERSIONS:
-        raise ApiError(400, f"anthropic-version {version[:40]!r} is not spoken here: send {VERSIONS[0]}")
+    """anthropic-version may be missing; what is older than this interface is refused."""
+    version = request.headers.get("anthropic-version", OLDEST_VERSION)
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", version) or version < OLDEST_VERSION:
+        raise ApiError(400, f"anthropic-version {version[:40]!r} is not spoken here: send {OLDEST_VERSION} or later")
 
 
 async def _events(

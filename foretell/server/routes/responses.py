@@ -83,6 +83,7 @@ class Answer:
         max_calls = 1 if asked.parallel_tool_calls is False else None
         self.machine = ResponseEvents(begin_response(asked, server.check_model(asked.model)), max_calls=max_calls)
         self.names = TokenNames(server.engine.tokenizer)
+        self._seen = 0  # tokens whose logprobs have been told
 
     @classmethod
     async def begin(cls, request: Request, server: Server, asked: ResponsesRequest) -> Answer:
@@ -146,12 +147,13 @@ class Answer:
         return self.machine.response
 
     def _logprobs(self, delta: ChatDelta) -> list[dict[str, Any]]:
+        """Of the delta's tokens; the output itself may be further on already."""
         entries = delta.update.output.outputs[0].logprobs
-        count = len(delta.update.delta_token_ids)
-        if entries is None or not count:
+        if entries is None:
             return []
+        begin, self._seen = self._seen, self._seen + len(delta.update.delta_token_ids)
         top = self.asked.top_logprobs or 0
-        content: list[dict[str, Any]] = chat_logprobs(entries[-count:], top, self.names)["content"]
+        content: list[dict[str, Any]] = chat_logprobs(entries[begin : self._seen], top, self.names)["content"]
         return content
 
 
