@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from foretell.core.structured import StructuredOutput
-from foretell.errors import UnavailableError
+from foretell.server.answers import raise_if_failed
 from foretell.server.chat import ChatDelta, ChatRequest, chat_deltas, prompt_ids_aside
 from foretell.server.conversation import since, turn_starts
-from foretell.server.errors import ApiError
 from foretell.server.sampling import check_count, refused
 from foretell.server.structured import check_schema_size
 
 if TYPE_CHECKING:
+    from foretell.server.chat import ToolChoice
     from foretell.server.config import ServerConfig
     from foretell.server.text_engine import TextEngine
 
@@ -24,11 +24,7 @@ async def sound_deltas(engine: TextEngine, chat: ChatRequest, ids: list[int]) ->
     """The answer's deltas; an answer that the engine could not finish is raised as the error it is."""
     async with aclosing(chat_deltas(engine, chat, ids)) as deltas:  # type: ignore[type-var]
         async for delta in deltas:
-            if delta.finish_reason == "error":
-                why = delta.update.output.outputs[delta.index].error or "the engine failed on this request"
-                raise ApiError(500, " ".join(why.split()), code="engine_error")
-            if delta.finish_reason == "abort":
-                raise UnavailableError("the engine gave this request up: send it again")
+            raise_if_failed(delta.update)
             yield delta
 
 
@@ -59,14 +55,17 @@ def function_tool(name: str, description: str | None, parameters: dict[str, Any]
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 
 
-def check_tools(tools: Sequence[dict[str, Any]], config: ServerConfig) -> None:
-    """ApiError for too many, too large, or two of one name."""
-    check_count("tools", len(tools), config.max_tools)
-    functions = [tool["function"] for tool in tools]
-    if len({function["name"] for function in functions}) < len(functions):
-        raise refused("tools", "two tools have the same name: nobody could tell their calls apart")
-    texts = [check_schema_size(f"tools.{i}", f.get("parameters", {}), config) for i, f in enumerate(functions)]
-    check_count("tools", sum(len(text.encode()) for text in texts), config.max_schema_bytes, "bytes of schemas")
+def check_tools(tools: Sequence[dict[str, Any]], choice: ToolChoice, config: ServerConfig) -> None:
+    """ApiError for too many, too large, two of one name, or a choice of what is not there."""
+    check_count("tools", len(tools), config.max_tools, "entries")
+    check_schema_size("tools", list(tools), config, inner=4)  # a tool wraps its schema in a few levels of its own
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) != len(names):
+        raise refused("tools", "two tools have the same name")
+    if choice == "required" and not tools:
+        raise refused("tool_choice", "tool_choice asks for a tool, and there are no tools")
+    if isinstance(choice, dict) and choice["name"] not in names:
+        raise refused("tool_choice", f"tool_choice names {choice['name'][:64]!r}, which is not among the tools")
 
 
 def json_form(param: str, schema: dict[str, Any] | None, config: ServerConfig) -> StructuredOutput:

@@ -100,7 +100,7 @@ def chat_request(request: CountTokensRequest, server: Server) -> ChatRequest:
     talk = conversation(request)
     tools, choice = tools_and_choice(request)
     check_count("messages", len(talk), config.max_messages)
-    check_tools(tools, config)
+    check_tools(tools, choice, config)
     continues = continues_answer(talk)
     return ChatRequest(
         talk,
@@ -143,13 +143,9 @@ def tools_and_choice(request: CountTokensRequest) -> tuple[list[dict[str, Any]],
     choice = request.tool_choice
     if choice is None:
         return tools, "auto"
-    if choice.type in ("any", "tool") and not tools:
-        raise InvalidRequestError("tool_choice asks for a tool, and there are no tools")
-    if choice.type != "tool":
-        return tools, {"auto": "auto", "any": "required", "none": "none"}[choice.type]
-    if choice.name not in {tool["function"]["name"] for tool in tools}:
-        raise InvalidRequestError(f"tool_choice names {choice.name[:64]!r}, which is not among the tools")
-    return tools, {"name": choice.name}
+    if choice.type == "tool":
+        return tools, {"name": choice.name}
+    return tools, {"auto": "auto", "any": "required", "none": "none"}[choice.type]
 
 
 def _chat_tool(tool: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from foretell.server.answering import check_tools, function_tool, json_form
 from foretell.server.chat import ChatRequest
 from foretell.server.conversation import Conversation, Message, parsed_arguments, read_arguments
 from foretell.server.responses_events import new_id
-from foretell.server.sampling import check_count
+from foretell.server.sampling import check_count, refused
 
 if TYPE_CHECKING:
     from foretell.core.structured import StructuredOutput
@@ -68,7 +68,7 @@ def chat_request(request: ResponsesRequest, previous: Sequence[Message], server:
     talk = conversation(request, previous)
     tools, choice = tools_and_choice(request)
     check_count("input", len(talk), config.max_messages, "messages")
-    check_tools(tools, config)
+    check_tools(tools, choice, config)
     return ChatRequest(
         talk,
         sampling(request, config),
@@ -104,14 +104,12 @@ def tools_and_choice(request: ResponsesRequest) -> tuple[list[dict[str, Any]], A
     choice: Any = request.tool_choice or "auto"
     if isinstance(choice, str):
         return tools, choice
-    known = {tool["function"]["name"] for tool in tools}
-    named = [choice.name] if choice.type == "function" else [tool.name for tool in choice.tools]
-    for name in named:
-        if name not in known:
-            raise InvalidRequestError(f"tool_choice names {name[:64]!r}, which is not among the tools")
     if choice.type == "function":
         return tools, {"name": choice.name}
-    return [tool for tool in tools if tool["function"]["name"] in named], choice.mode
+    known, allowed = {tool["function"]["name"] for tool in tools}, {tool.name for tool in choice.tools}
+    for name in sorted(allowed - known):
+        raise refused("tool_choice", f"tool_choice names {name[:64]!r}, which is not among the tools")
+    return [tool for tool in tools if tool["function"]["name"] in allowed], choice.mode
 
 
 def _chat_tool(tool: Any) -> dict[str, Any]:

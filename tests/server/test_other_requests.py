@@ -8,6 +8,8 @@ import pytest
 
 from foretell.errors import InvalidRequestError
 from foretell.server import messages_request, responses_request
+from foretell.server.answering import check_tools
+from foretell.server.config import ServerConfig
 from foretell.server.conversation import since, turn_starts
 from foretell.server.errors import ApiError
 from foretell.server.limits import validate
@@ -23,6 +25,7 @@ def messages(*turns: Any, **body: Any) -> MessagesRequest:
     return validate(MessagesRequest, {"model": "tiny", "max_tokens": 8, "messages": list(turns), **body})
 
 
+CONFIG = ServerConfig()
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 
 
@@ -235,16 +238,23 @@ TOOLS = [{"type": "function", "name": name, "parameters": {"type": "object"}, "s
 
 
 def test_responses_tool_choice() -> None:
-    def choice(value: Any) -> tuple[list[str], Any]:
-        tools, chosen = responses_request.tools_and_choice(responses(input="x", tools=TOOLS, tool_choice=value))
-        return [tool["function"]["name"] for tool in tools], chosen
+    def choice(value: Any, tools: Any = TOOLS) -> tuple[list[str], Any]:
+        asked = responses(input="x", tools=tools, tool_choice=value)
+        found, chosen = responses_request.tools_and_choice(asked)
+        check_tools(found, chosen, CONFIG)
+        return [tool["function"]["name"] for tool in found], chosen
 
     assert choice("required") == (["f", "g"], "required")
     assert choice({"type": "function", "name": "g"}) == (["f", "g"], {"name": "g"})
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "g"}]}
     assert choice(allowed) == (["g"], "required")
-    with pytest.raises(InvalidRequestError, match="'h', which is not among"):
-        choice({"type": "function", "name": "h"})
+    for wrong in ({"type": "function", "name": "h"}, {**allowed, "tools": [{"type": "function", "name": "h"}]}):
+        with pytest.raises(ApiError, match="'h', which is not among"):
+            choice(wrong)
+    with pytest.raises(ApiError, match="there are no tools"):
+        choice("required", None)
+    with pytest.raises(ApiError, match="same name"):
+        choice("auto", [*TOOLS, TOOLS[0]])
 
 
 def test_messages_tool_choice() -> None:
@@ -252,16 +262,18 @@ def test_messages_tool_choice() -> None:
 
     def choice(value: Any, tools: Any = tools) -> Any:
         asked = messages({"role": "user", "content": "x"}, tools=tools, tool_choice=value)
-        return messages_request.tools_and_choice(asked)
+        found, chosen = messages_request.tools_and_choice(asked)
+        check_tools(found, chosen, CONFIG)
+        return found, chosen
 
     function = {"name": "f", "description": "F.", "parameters": {"type": "object"}}
     assert choice(None) == ([{"type": "function", "function": function}], "auto")
     assert choice({"type": "any"})[1] == "required"
     assert choice({"type": "none"})[1] == "none"
     assert choice({"type": "tool", "name": "f"})[1] == {"name": "f"}
-    with pytest.raises(InvalidRequestError, match="not among"):
+    with pytest.raises(ApiError, match="not among"):
         choice({"type": "tool", "name": "g"})
-    with pytest.raises(InvalidRequestError, match="there are no tools"):
+    with pytest.raises(ApiError, match="there are no tools"):
         choice({"type": "any"}, None)
 
 

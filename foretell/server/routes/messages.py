@@ -9,7 +9,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 
 from foretell.server.answering import sound_deltas
-from foretell.server.chat import ChatRequest, prompt_ids_aside
+from foretell.server.chat import ChatRequest, answer_params, prompt_ids_aside
 from foretell.server.context import Server, server_of
 from foretell.server.errors import ApiError
 from foretell.server.limits import parse
@@ -45,7 +45,7 @@ async def create_message(request: Request) -> Response:
     model = server.check_model(asked.model)
     chat = chat_request(asked, server)
     ids = await prompt_ids_aside(server.engine, chat)
-    server.engine.check(ids, chat.params)
+    server.engine.check(ids, answer_params(server.engine, chat))
     machine = MessageEvents(begin_message(model), max_calls=1 if allows_one_call(asked) else None)
     events = _events(server, machine, asked, chat, ids)
     if asked.stream:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from foretell.server.answering import fitting, sound_deltas
 from foretell.server.auth import presented_keys
-from foretell.server.chat import ChatRequest, prompt_ids_aside
+from foretell.server.chat import ChatRequest, answer_params, prompt_ids_aside
 from foretell.server.context import Server, server_of
 from foretell.server.errors import ApiError, as_api_error, told
 from foretell.server.limits import parse
@@ -97,7 +97,7 @@ class Answer:
             chat, ids = await fitting(server.engine, chat)
         else:
             ids = await prompt_ids_aside(server.engine, chat)
-        server.engine.check(ids, chat.params)
+        server.engine.check(ids, answer_params(server.engine, chat))
         store, owner = store_of(request), _owner(request)
         if asked.store and not store.max_responses:
             raise ApiError(400, "this server keeps no responses: send store=false", param="store")
