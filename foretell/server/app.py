@@ -16,16 +16,20 @@ from foretell.server.config import ServerConfig
 from foretell.server.context import Server, request_id_of
 from foretell.server.errors import ApiError, error_body, told
 from foretell.server.guard import Guard
+from foretell.server.metered import MeteredEngine
+from foretell.server.metrics import Metrics
 from foretell.server.openapi import document
 from foretell.server.responses import json_response
-from foretell.server.routes import chat, completions, health, messages, models, responses
+from foretell.server.routes import admin, chat, completions, embeddings, health, messages, models, responses, tokenize
+from foretell.server.routes import metrics as metrics_route
 from foretell.server.sse import ClientGoneError
 
 if TYPE_CHECKING:
     from foretell.server.text_engine import TextEngine
 
 ROUTERS = (
-    completions.router, chat.router, responses.router, messages.router, models.router, health.router,
+    completions.router, chat.router, responses.router, messages.router, embeddings.router, tokenize.router,
+    models.router, health.router, metrics_route.router, admin.router,
 )  # fmt: skip
 
 
@@ -46,13 +50,14 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    app.state.server = Server(engine, config)
+    metrics = Metrics(engine, lambda: (config.served_model_names or (engine.about.model,))[0])
+    app.state.server = Server(MeteredEngine(engine, metrics), config, metrics)
     for router in ROUTERS:
         app.include_router(router)
     for kind in (ApiError, ForetellError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(ClientGoneError, _nobody)
-    app.add_middleware(Guard, config=config)
+    app.add_middleware(Guard, config=config, on_answer=metrics.answered)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
 

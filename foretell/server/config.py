@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from foretell.errors import ConfigError
 
@@ -25,6 +26,8 @@ class ServerConfig:
     admin_api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()  # empty: the name the engine was started with
+
+    embedding_pooling: Literal["mean", "last"] = "mean"  # of the hidden states
 
     max_body_bytes: int = 4 << 20
     max_json_depth: int = 64

@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from fastapi import Request
 
     from foretell.server.config import ServerConfig
+    from foretell.server.metrics import Metrics
     from foretell.server.text_engine import TextEngine
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
+    """``engine`` counts what goes through it in ``metrics``."""
+
     engine: TextEngine
     config: ServerConfig
+    metrics: Metrics
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -28,9 +28,12 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class Guard:
     """Wraps the whole application. ``scope["request_id"]`` is ours; a client's own is only ever echoed."""
 
-    def __init__(self, app: App, config: ServerConfig) -> None:
+    def __init__(
+        self, app: App, config: ServerConfig, on_answer: Callable[[int], None] = lambda status: None
+    ) -> None:
         self.app = app
         self.config = config
+        self.on_answer = on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -52,6 +55,7 @@ class Guard:
             nonlocal started
             if not started and message["type"] == "http.response.start":
                 started = True
+                self.on_answer(message["status"])
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from foretell.core.structured import StructuredOutput, StructureKind
 from foretell.server.errors import ApiError
 from foretell.server.limits import depth
 from foretell.server.protocol.structured import JsonObjectFormat, JsonSchemaFormat
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from foretell.server.protocol.sampling import SamplingFields
 
 
-def structured_output(fields: SamplingFields, config: ServerConfig) -> Any:
+def structured_output(fields: SamplingFields, config: ServerConfig) -> StructuredOutput | None:
     """None if the text is free; ApiError 400 if it is bound in two ways, or by more than the limits allow."""
     asked = _asked(fields)
     if not asked:
@@ -22,15 +23,15 @@ def structured_output(fields: SamplingFields, config: ServerConfig) -> Any:
     if len(asked) > 1:
         names = " and ".join(name for name, _, _ in asked)
         raise ApiError(400, f"{names} contradict each other: give one of them", param=asked[0][0])
-    raise ApiError(
-        400, f"{asked[0][0]} is not supported by this engine", param=asked[0][0], code="unsupported_parameter"
-    )
+    param, kind, value = asked[0]
+    text = check_schema_size(param, value, config) if kind != "json_object" else ""
+    return StructuredOutput(kind, text)
 
 
-def _asked(fields: SamplingFields) -> list[tuple[str, str, Any]]:
+def _asked(fields: SamplingFields) -> list[tuple[str, StructureKind, Any]]:
     """(parameter, kind, value) of each constraint that the request states."""
     form, outputs = fields.response_format, fields.structured_outputs
-    stated: list[tuple[str, str, Any]] = [
+    stated: list[tuple[str, StructureKind, Any]] = [
         ("guided_json", "json_schema", fields.guided_json),
         ("guided_regex", "regex", fields.guided_regex),
         ("guided_choice", "choice", fields.guided_choice),

@@ -27,9 +27,14 @@ class EngineAbout:
 class TextEngine(Protocol):
     """Text in, text out. All methods belong to the event loop that runs the server."""
 
-    about: EngineAbout
-    tokenizer: Tokenizer | None
-    preparer: PromptPreparer
+    @property
+    def about(self) -> EngineAbout: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def preparer(self) -> PromptPreparer: ...
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """InvalidRequestError if the request could never run. Cheap; nothing is queued."""
