@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from foretell.server.responses import json_response
 from foretell.server.routes import admin, chat, completions, embeddings, health, messages, models, responses, tokenize
 from foretell.server.routes import metrics as metrics_route
 from foretell.server.sse import ClientGoneError
+from foretell.server.story import ObservedEngine, Observer, Storyteller
 
 if TYPE_CHECKING:
     from foretell.server.text_engine import TextEngine
@@ -38,8 +39,12 @@ def create_app(
     config: ServerConfig | None = None,
     *,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> FastAPI:
-    """An ASGI application over ``engine``, which the caller starts and stops (``lifespan`` can do it)."""
+    """An ASGI application over ``engine``, which the caller starts and stops (``lifespan`` can do it).
+
+    ``observers`` hear of every request when it is over; their order is the order they are told in.
+    """
     config = config or ServerConfig()
     app = FastAPI(
         title="foretell",
@@ -51,13 +56,16 @@ def create_app(
         lifespan=lifespan,
     )
     metrics = Metrics(engine, lambda: (config.served_model_names or (engine.about.model,))[0])
-    app.state.server = Server(MeteredEngine(engine, metrics), config, metrics)
+    watched = ObservedEngine(engine) if observers else engine
+    app.state.server = Server(MeteredEngine(watched, metrics), config, metrics)
     for router in ROUTERS:
         app.include_router(router)
     for kind in (ApiError, ForetellError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(ClientGoneError, _nobody)
     app.add_middleware(Guard, config=config, on_answer=metrics.answered)
+    if observers:
+        app.add_middleware(Storyteller, observers=observers, model=app.state.server.model_names[0])
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
 
