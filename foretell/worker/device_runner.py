@@ -18,11 +18,12 @@ from torch import Tensor
 from foretell.config import SchedulerConfig
 from foretell.core.messages import Added, Batch, Chunk, ChunkResult
 from foretell.kernels.base import KVLayer
-from foretell.worker.device_sampler import DrawPlan, draw_tokens, greedy_tokens
+from foretell.worker.device_sampler import DrawPlan, draw_tokens
 from foretell.worker.prompt_logprobs import gather_prompt_logprobs
 from foretell.worker.sampler import Sampler
 from foretell.worker.state import RequestState
-from foretell.worker.step_buffers import StepBuffers, StepLayout, Unpack, step_layout, unpack_torch
+from foretell.worker.step_buffers import StepBuffers, StepLayout, step_layout
+from foretell.worker.step_ends import StepEnds, step_ends
 
 if TYPE_CHECKING:
     from foretell.model.transformer import Transformer
@@ -59,14 +60,14 @@ class DeviceRunner:
         spare_blocks: tuple[int, ...],
         device: torch.device,
         *,
-        unpack: Unpack = unpack_torch,
+        ends: StepEnds | None = None,
         graphs: StepGraphs | None = None,
     ) -> None:
         self.model = model
         self.kv = kv
         self.config = config
         self.device = device
-        self.unpack = unpack
+        self.ends = ends or step_ends(device)
         self.graphs = graphs
         self.num_groups = len(spare_blocks)
         self.vocab_size = model.spec.vocab_size
@@ -136,7 +137,7 @@ class DeviceRunner:
         num_new = self._send(layout, chunks, states, ring)
         max_query_len = max([chunk.length for chunk in chunks])
         max_kv_len = max([chunk.start + chunk.length for chunk in chunks])
-        self.unpack(self.buffers, layout, max_query_len, num_new)
+        self.ends.unpack(self.buffers, layout, max_query_len, num_new)
         hidden = self._hidden(layout, max_query_len, max_kv_len)
         self._prompt_logprobs(chunks, states, hidden)
         if not decode:
@@ -154,7 +155,7 @@ class DeviceRunner:
     def _decode(self, size: int) -> Tensor:
         """A step of one token for each of ``size`` sequences: what a CUDA graph holds."""
         layout = step_layout(size, size, self.num_groups)
-        self.unpack(self.buffers, layout, 1, None)
+        self.ends.unpack(self.buffers, layout, 1, None)
         return self._greedy(layout, self._hidden(layout, 1, self.config.max_model_len))
 
     def _hidden(self, layout: StepLayout, max_query_len: int, max_kv_len: int) -> Tensor:
@@ -163,9 +164,7 @@ class DeviceRunner:
 
     def _greedy(self, layout: StepLayout, hidden: Tensor) -> Tensor:
         logits = self.model.logits(hidden)
-        sampled = self.buffers.sampled[: layout.num_seqs]
-        sampled.copy_(greedy_tokens(logits))
-        self.buffers.last_token.index_copy_(0, self.buffers.staging[layout.slots].long(), sampled)
+        self.ends.greedy(self.buffers, layout, logits)
         return logits
 
     def _send(self, layout: StepLayout, chunks: list[Chunk], states: list[RequestState], ring: int) -> Sequence[int]:

@@ -7,7 +7,7 @@ travel. The last sampled token of each slot stays there too, so the next step ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -50,9 +50,6 @@ def step_layout(num_seqs: int, num_tokens: int, num_groups: int) -> StepLayout:
     new_starts = tuple(take(num_seqs + 1) for _ in range(num_groups))
     tokens = take(num_tokens)
     return StepLayout(num_seqs, num_tokens, slots, starts, query_starts, first_new, new_starts, tokens, at)
-
-
-Unpack = Callable[["StepBuffers", StepLayout, int, Sequence[int] | None], None]
 
 
 class StepBuffers:
