@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from foretell.core.engine import Engine
     from foretell.executor.base import Executor
     from foretell.store import ModelFiles, Tokenizer
+    from foretell.worker.ledger import MemoryLedger
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_KV_SHARE = 0.3  # of the memory that is free when the engine starts
@@ -40,6 +42,8 @@ class EngineOptions:
     max_num_batched_tokens: int = 2048
     max_chunk_tokens: int = 0
     kv_cache_bytes: int | None = None
+    device: str = "auto"
+    memory_share: float = 0.9  # of a GPU's memory, for everything
     block_size: int = 16
     policy: PolicyName = "mixed"
     enable_prefix_caching: bool = True
@@ -77,6 +81,8 @@ class EngineOptions:
             "each request of a step takes a token at least: raise the one or lower the other",
         )
         need(self.max_chunk_tokens >= 0, f"max_chunk_tokens must be ≥ 0, got {self.max_chunk_tokens!r}")
+        need(self.device in DEVICES, f"device {self.device!r} is unknown: choose one of {', '.join(DEVICES)}")
+        need(0 < self.memory_share <= 1, f"memory_share is a share in (0, 1], got {self.memory_share!r}")
         need(0 <= self.watermark < 1, f"watermark is a share in [0, 1), got {self.watermark!r}")
 
 
@@ -97,6 +103,8 @@ class Assembly:
     weight_bytes: int
     kernels: str
     max_model_len: int
+    device: str = "cpu"
+    ledger: MemoryLedger | None = None  # of a GPU's memory
     step_log: StepLog | None = None
     phases: dict[str, float] = field(default_factory=dict)
 
@@ -167,7 +175,9 @@ def assemble(
     if options.load_format not in ("auto", "dummy", files.format):
         raise ConfigError(f"load_format is {options.load_format!r}, but {files.path} is {files.format}")
     config = scheduler_config(options, max_model_len)
-    loaded = (_load_ranks if options.tp * options.pp > 1 else _load_here)(options, files, spec, config, dtype, phases)
+    device = resolve_device(options)
+    load = _load_on_gpu if device == "cuda" else _load_ranks if options.tp * options.pp > 1 else _load_here
+    loaded = load(options, files, spec, config, dtype, phases)
     sizes = block_bytes(spec, config.block_size, dtype.itemsize)
     engine = Engine(
         config,
@@ -190,6 +200,8 @@ def assemble(
         weight_bytes=loaded.weight_bytes,
         kernels=loaded.kernels,
         max_model_len=min(max_model_len, engine.scheduler.blocks.max_tokens_per_request),
+        device=device,
+        ledger=loaded.ledger,
         step_log=step_log,
         phases=phases.seconds,
     )
@@ -203,6 +215,58 @@ class _Loaded:
     weight_bytes: int
     weight_format: str
     kernels: str
+    ledger: MemoryLedger | None = None
+
+
+def resolve_device(options: EngineOptions) -> str:
+    """ "cpu" or "cuda": a GPU is taken where there is one. ConfigError if one is asked for and there is none."""
+    import torch
+
+    if options.device == "cpu" or (options.device == "auto" and options.tp * options.pp > 1):
+        return "cpu"
+    there = torch.cuda.is_available()
+    if options.device == "cuda" and not there:
+        raise ConfigError("device is 'cuda' and torch sees no GPU here: use device='cpu', or check driver and torch")
+    if options.device == "cuda" and options.tp * options.pp > 1:
+        raise ConfigError("tp and pp run on CPU processes only so far: use device='cpu', or one GPU")
+    return "cuda" if there else "cpu"
+
+
+def _load_on_gpu(
+    options: EngineOptions,
+    files: ModelFiles,
+    spec: ModelSpec,
+    config: SchedulerConfig,
+    dtype: torch.dtype,
+    phases: _Phases,
+) -> _Loaded:
+    """The whole model on a GPU."""
+    import torch
+
+    from foretell.kernels import get_kernels
+    from foretell.model.load import load_dummy, load_model
+    from foretell.worker.cuda_setup import cuda_executor
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.zeros(1, device=device)
+    phases.done("device")
+    kernels = get_kernels(options.kernels, device="cuda", batch_invariant=options.batch_invariant)
+    phases.done("kernels")
+    if options.load_format == "dummy":
+        model = load_dummy(spec, kernels, dtype, options.seed, activation_dtype=dtype, device=device)
+    else:
+        model = load_model(files, spec, kernels, dtype, activation_dtype=dtype, device=device)
+    phases.done("weights")
+    executor, ledger = cuda_executor(
+        model,
+        config,
+        dtype,
+        device,
+        memory_share=options.memory_share,
+        kv_cache_bytes=options.kv_cache_bytes,
+    )
+    phases.done("kv cache")
+    return _Loaded(executor, model.weight_bytes, model.weight_format, kernels.name, ledger)
 
 
 def _load_here(

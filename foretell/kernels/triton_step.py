@@ -4,6 +4,7 @@ Launch shapes follow from numbers the CPU knows, so both can be part of a CUDA g
 specialised on: another batch composition is not another compilation.
 """
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ LOGITS = 4096  # per program
 
 
 @triton.jit(do_not_specialize=["slots_at", "starts_at", "query_at", "first_at", "new_starts_at", "new_at", "width"])
-def _unpack_sequence(  # type: ignore[no-untyped-def]
+def _unpack_sequence(
     words, resident, tables, kv_lens,
     slots_at, starts_at, query_at, first_at, new_starts_at, new_at, width, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +47,7 @@ def _unpack_sequence(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["slots_at", "starts_at", "query_at", "tokens_at", "width"])
-def _unpack_tokens(  # type: ignore[no-untyped-def]
+def _unpack_tokens(
     words, tables, last_token, token_ids, positions, kv_slots,
     slots_at, starts_at, query_at, tokens_at, width,
     vocab, BLOCK_SIZE: tl.constexpr, FIRST_GROUP: tl.constexpr, TOKENS: tl.constexpr,
@@ -69,7 +70,9 @@ def _unpack_tokens(  # type: ignore[no-untyped-def]
         tl.store(positions + at, position.to(tl.int64), mask=inside)
 
 
-def unpack_triton(buffers: StepBuffers, layout: StepLayout, max_query_len: int, num_new: Sequence[int] | None) -> None:
+def unpack_triton(
+    buffers: StepBuffers, layout: StepLayout, max_query_len: int, num_new: Sequence[int] | None
+) -> None:
     """As ``unpack_torch``, in two launches per KV group."""
     s, width = layout.num_seqs, buffers.max_blocks
     tiles, columns = triton.cdiv(max_query_len, TOKENS), triton.cdiv(width, COLUMNS)
@@ -89,7 +92,7 @@ def unpack_triton(buffers: StepBuffers, layout: StepLayout, max_query_len: int, 
 
 
 @triton.jit
-def _likeliest_of_part(logits, best, where, vocab, stride, parts, LOGITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _likeliest_of_part(logits, best, where, vocab, stride, parts, LOGITS: tl.constexpr):
     """Maximum and its first place in one part of a row; NaN counts as greater than anything."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * LOGITS + tl.arange(0, LOGITS)
@@ -101,9 +104,7 @@ def _likeliest_of_part(logits, best, where, vocab, stride, parts, LOGITS: tl.con
 
 
 @triton.jit
-def _likeliest_of_row(  # type: ignore[no-untyped-def]
-    best, where, words, sampled, last_token, parts, slots_at, PARTS: tl.constexpr
-):
+def _likeliest_of_row(best, where, words, sampled, last_token, parts, slots_at, PARTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     x = tl.load(best + row * parts + part, mask=part < parts, other=float("-inf"))

@@ -10,6 +10,7 @@ from foretell.config import ModelSpec
 from foretell.errors import ConfigError, ModelFormatError
 from foretell.kernels.base import Kernels
 from foretell.model.build import Builder, Progress
+from foretell.model.device_weights import DeviceDummyWeights
 from foretell.model.families import resolve_spec
 from foretell.model.gguf_adapter import gguf_spec
 from foretell.model.transformer import Transformer
@@ -99,7 +100,8 @@ def load_dummy(
     layers: range | None = None,
 ) -> Transformer:
     """The model of this spec with small random weights: as much memory and work as a real one."""
-    weights = DummyWeights(spec, seed)
+    on_gpu = device is not None and device.type == "cuda"
+    weights = DeviceDummyWeights(spec, seed, device) if on_gpu and device else DummyWeights(spec, seed)
     return Builder(
         spec, weights, kernels, dtype, activation_dtype=activation_dtype, device=device, layers=layers
     ).build()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foretell.config import SchedulerConfig
 from foretell.core.messages import Added, Batch, Chunk, ChunkResult
+from foretell.core.params import SamplingParams
 from foretell.kernels.base import KVLayer
 from foretell.worker.device_sampler import DrawPlan, draw_tokens
 from foretell.worker.prompt_logprobs import gather_prompt_logprobs
@@ -92,6 +93,44 @@ class DeviceRunner:
         del self.model, self.buffers, self.draws
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def use_kv(self, kv: list[KVLayer], spare_blocks: tuple[int, ...]) -> None:
+        """Take another cache in place of the one so far, before the first batch."""
+        self.kv = kv
+        for table, block in zip(self.buffers.resident, spare_blocks, strict=True):
+            table[self.buffers.spare_slot] = block
+
+    @torch.inference_mode()
+    def peak_bytes(self) -> tuple[int, int]:
+        """Device memory that the largest step takes beside weights, cache and static buffers: of any kind, and of
+        one token for each sequence. Measured by running them, as padding, which also loads what they need."""
+        config, before = self.config, torch.cuda.memory_allocated(self.device)
+        peaks = []
+        for seqs, tokens in ((1, self.config.max_num_batched_tokens), (config.max_num_seqs, config.max_num_seqs)):
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._padding_step(seqs, min(tokens, config.max_model_len) if seqs == 1 else tokens)
+            peaks.append(torch.cuda.max_memory_allocated(self.device) - before)
+        return max(peaks), peaks[1]
+
+    def _padding_step(self, num_seqs: int, num_tokens: int) -> None:
+        layout = step_layout(num_seqs, num_tokens, self.num_groups)
+        words = self.buffers.staging_host[0].numpy()
+        words[: layout.new_blocks] = 0
+        words[layout.slots] = self.buffers.spare_slot
+        length = num_tokens // num_seqs
+        words[layout.query_starts] = range(0, num_tokens + 1, length)
+        blocks = -(-length // self.config.block_size)
+        for first in layout.first_new:
+            words[first] = blocks
+        self.buffers.send(0, layout.new_blocks)
+        self.ends.unpack(self.buffers, layout, length, [0] * self.num_groups)
+        hidden = self._hidden(layout, length, length)
+        logits = self._greedy(layout, hidden if length == 1 else hidden[-1:])
+        params = SamplingParams(temperature=1.0, top_p=0.9)
+        plan, width = self.draws.send(0, [(row, params, 0) for row in range(num_seqs)], self.vocab_size)
+        draw_tokens(logits, plan, width)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     # -- submit -------------------------------------------------------------------------------------
 
