@@ -2,8 +2,8 @@
 
     python bench/gpu/run.py --shapes DIR [--models a,b] [--workloads c,d] [--repeat 3] [--start-up] [--profile]
 
-DIR holds a folder per model with its config.json. Weights are dummies, within ±1e-3, with memory of their own for each
-layer; greedy; prefix caching off; all through ``LLM.generate``. A decode step is (median wall - median wall with
+DIR holds a folder per model with its config.json. Weights are dummies, within ±1e-3, each layer's with memory
+of its own; greedy; prefix caching off; all through ``LLM.generate``. A decode step is (median wall - median wall with
 max_tokens=1) ÷ (output tokens - 1), after one full warm-up. The floor is bytes over 4.26 TB/s or operations over
 788 TFLOP/s, whichever is larger, step by step (an H200's measured copy and bf16 product).
 """
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +53,11 @@ TABLE: dict[tuple[str, str], tuple[float | None, float | None, float | None]] = 
 }
 OF_FLOOR = {"decode-b1": 1.15, "decode-b32": 1.25, "prefill": 1.25}  # llama-2-7b's bars, as multiples of its floor
 START = """
-import time; t = time.time()
+import json, time; t = time.time()
 from foretell import LLM, SamplingParams
 llm = LLM({path!r}, **{options!r})
 out = llm.generate([[1000 + i for i in range(128)]], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-print(repr((time.time() - {spawned!r}, time.time() - t, llm.assembly.phases)))
+print(json.dumps((time.time() - {spawned!r}, time.time() - t, llm.assembly.phases)))
 """
 
 
@@ -100,7 +99,7 @@ class Row:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        names = [name for name in self.__slots__]
+        names = list(self.__slots__)
         return {**{name: getattr(self, name) for name in names}, "over_floor": self.over_floor, "held": self.held}
 
 
@@ -130,23 +129,17 @@ def measure(llm: LLM, model: str, name: str, repeat: int) -> Row:
     llm.assembly.engine._on_step = records.append
     walls = [timed() for _ in range(repeat)]
     llm.assembly.engine._on_step = None
-    wall, steps = statistics.median(walls), Counter(records and {"steps": len(records)})
+    wall = statistics.median(walls)
     host = {
-        "steps": steps["steps"] / repeat,
+        "steps": len(records) / repeat,
         "launch_ms": 1e3 * statistics.fmean(r["parts"].get("launch", 0.0) for r in records),
         "wait_ms": 1e3 * statistics.fmean(r["parts"].get("wait", 0.0) for r in records),
     }
     host = {key: round(value, 3) for key, value in host.items()}
-    floor = simulate(
-        workload, llm.spec.vocab_size, config, llm.assembly.engine.executor.num_blocks,
-        [group.window for group in llm.spec.kv_groups], FloorCost(llm.spec, H200, "bfloat16"),
-    ).seconds  # fmt: skip
+    floor = floor_seconds(llm, workload)
     rival, bar, aim = TABLE.get((model, name), (None, None, None))
     if output_len:
-        first_floor = simulate(
-            workload, llm.spec.vocab_size, config, llm.assembly.engine.executor.num_blocks,
-            [group.window for group in llm.spec.kv_groups], FloorCost(llm.spec, H200, "bfloat16"), max_output_tokens=1,
-        ).seconds  # fmt: skip
+        first_floor = floor_seconds(llm, workload, 1)
         per_step = 1e3 / (output_len - 1)
         floor, value, unit = (
             (floor - first_floor) * per_step,
@@ -159,6 +152,14 @@ def measure(llm: LLM, model: str, name: str, repeat: int) -> Row:
     if model == "llama-2-7b":
         bar = floor * OF_FLOOR[name] if unit == "ms" else floor / OF_FLOOR[name]
     return Row(model, name, unit, floor, value, rival, bar, aim, walls, first_walls, host)
+
+
+def floor_seconds(llm: LLM, workload: Workload, limit: int | None = None) -> float:
+    """The workload through this scheduler if every step took what its bytes and operations must take."""
+    engine, windows = llm.assembly.engine, [group.window for group in llm.spec.kv_groups]
+    cost = FloorCost(llm.spec, H200, "bfloat16")
+    blocks, config = engine.executor.num_blocks, engine.scheduler.config
+    return simulate(workload, llm.spec.vocab_size, config, blocks, windows, cost, max_output_tokens=limit).seconds
 
 
 def show_ledger(llm: LLM) -> dict[str, float]:
@@ -214,7 +215,7 @@ def start_up(path: str, runs: int = 2) -> list[dict[str, Any]]:
             if out.returncode:
                 print(out.stderr[-2000:])
                 return found
-            seconds, inside, phases = eval(out.stdout.strip().splitlines()[-1], {"__builtins__": {}})
+            seconds, inside, phases = json.loads(out.stdout.strip().splitlines()[-1])
             found.append({"seconds": seconds, "inside_seconds": inside, "phases": phases})
             shown = ", ".join(f"{k} {v:.2f}" for k, v in phases.items())
             print(f"start {number + 1}: {seconds:.1f} s to the first token ({shown})", flush=True)
