@@ -26,7 +26,7 @@ from foretell.benchmark.offline import common_output_len
 from foretell.benchmark.setup import greedy_params
 from foretell.benchmark.simulate import simulate
 from foretell.cost import FloorCost, Hardware
-from foretell.trace.workloads import named_workload
+from foretell.trace.workloads import Workload, named_workload
 
 H200 = Hardware(0, 4.26e12, {"float32": 60e12, "bfloat16": 788e12})
 OPTIONS: dict[str, Any] = {
@@ -126,9 +126,9 @@ def measure(llm: LLM, model: str, name: str, repeat: int) -> Row:
     else:
         timed()
     first_walls = [timed(limit=1) for _ in range(repeat)] if output_len else []
-    llm.assembly.engine._on_step = records.append
+    llm.assembly.engine.on_step = records.append
     walls = [timed() for _ in range(repeat)]
-    llm.assembly.engine._on_step = None
+    llm.assembly.engine.on_step = None
     wall = statistics.median(walls)
     host = {
         "steps": len(records) / repeat,
