@@ -8,6 +8,7 @@ import typer
 
 from foretell.cli import bench_options as b
 from foretell.cli import options as o
+from foretell.cli.bench_scaling import scaling
 from foretell.cli.bench_serve import serve
 from foretell.cli.guard import guarded
 from foretell.store.aliases import DEFAULT_MODEL
@@ -147,3 +148,6 @@ def online(
         objectives_ms=(slo_ttft_ms, slo_tpot_ms, slo_e2e_ms), compare_policies=compare_policies, warmup=warmup,
         virtual=virtual,
     )  # fmt: skip
+
+
+bench_app.command("scaling")(guarded(scaling))
