@@ -72,6 +72,7 @@ class BlockManager:
         self.pools = [BlockPool(n) for n in num_blocks]
         self.caching = caching
         self.given_back = 0  # times that blocks were: nothing else makes room
+        self.expected: dict[bytes, int] = {}  # hash of a block → running requests that have yet to compute it
 
     @property
     def max_tokens_per_request(self) -> int:
@@ -124,6 +125,15 @@ class BlockManager:
             return True  # a hit depends on many blocks
         index = cached // self.block_size
         return index < len(request.hashes) and request.hashes[index] in self.pools[0].cached
+
+    def awaited(self, request: Request, cached: int) -> bytes | None:
+        """The last of the blocks after a hit of ``cached`` tokens that running requests are about to compute."""
+        last, index = None, cached // self.block_size
+        if self.expected and self.caching and request.params.prompt_logprobs is None:
+            end = min(len(request.hashes), (len(request.tokens) - 1) // self.block_size)
+            while index < end and request.hashes[index] in self.expected:
+                last, index = request.hashes[index], index + 1
+        return last
 
     def _windows_cached(self, hashes: list[bytes], count: int) -> bool:
         for pool, window in zip(self.pools, self.windows, strict=True):
@@ -188,6 +198,18 @@ class BlockManager:
             request.releasable_from.append(first)
         request.planned = request.cached_tokens = cached
         request.published = hits
+        request.expected_end = len(request.hashes)
+        for block_hash in request.hashes[hits:]:
+            self.expected[block_hash] = self.expected.get(block_hash, 0) + 1
+
+    def _settle(self, request: Request, end: int) -> None:
+        """Its blocks from ``published`` to ``end`` are computed, or never will be by this request."""
+        for block_hash in request.hashes[request.published : min(end, request.expected_end)]:
+            left = self.expected[block_hash] - 1
+            if left:
+                self.expected[block_hash] = left
+            else:
+                del self.expected[block_hash]
 
     def extend(self, request: Request, num_tokens: int) -> bool:
         """Blocks for the first ``num_tokens`` tokens, in every group or in none (False)."""
@@ -222,6 +244,7 @@ class BlockManager:
         if full <= request.published:
             return
         self.update_hashes(request, full * self.block_size)
+        self._settle(request, full)
         for table, pool in zip(request.blocks, self.pools, strict=True):
             for i in range(request.published, full):
                 if table[i] != DROPPED:
@@ -231,6 +254,8 @@ class BlockManager:
     def release(self, request: Request) -> None:
         """Give everything back, the end of the sequence first: beginnings are what others share."""
         self.given_back += 1
+        self._settle(request, request.expected_end)
+        request.expected_end = 0
         for table, pool in zip(request.blocks, self.pools, strict=False):  # no tables: it holds nothing
             for block in reversed(table):
                 if block != DROPPED:

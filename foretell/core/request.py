@@ -26,6 +26,7 @@ class Request:
         "blocks",
         "cached_tokens",
         "chain",
+        "expected_end",
         "finish_reason",
         "first_scheduled",
         "hashes",
@@ -78,6 +79,7 @@ class Request:
         self.releasable_from: list[int] = []  # per KV group, logical blocks below it are already dropped
         self.hashes: list[bytes] = []  # chained hash of each full block of known tokens
         self.published = 0  # full blocks whose hashes are in the prefix cache
+        self.expected_end = 0  # full blocks that it has, or was to compute when it was admitted
         self.cached_tokens = 0  # taken from the prefix cache at the last admission
         self.preemptions = 0
         self.first_scheduled: float | None = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from foretell.config import SchedulerConfig
+from foretell.core.admission import Admission
 from foretell.core.blocks import BlockManager
 from foretell.core.counters import Counters
 from foretell.core.messages import Added, Batch, Chunk, ChunkResult, Output, Result, Turn
@@ -37,17 +38,16 @@ class Scheduler:
             raise ConfigError("the KV cache is smaller than one sliding window: raise kv_cache_bytes")
         self.windowed = any(window is not None for window in blocks.windows)
         self.no_blocks: tuple[tuple[int, ...], ...] = ((),) * len(blocks.pools)
-        self.watermark_blocks = int(config.watermark * min(p.num_blocks for p in blocks.pools))
         self.requests: dict[int, Request] = {}
         self.running: list[Request] = []
         self.waiting = WaitingQueue(config.starvation_turns)
+        self.admission = Admission(config, blocks, self.waiting, self.running)
         self.turn = 0
         self._orders = 0
         self._batches: dict[int, Batch] = {}
         self._next_batch_id = 0
         self._removed: list[int] = []
         self._preempted: list[tuple[int, str]] = []
-        self._no_room: tuple[Request, int, int] | None = None  # who found none; its hits, blocks.given_back then
         self.counters = Counters()
 
     # -- requests in and out ------------------------------------------------------------------------
@@ -138,6 +138,8 @@ class Scheduler:
         self.turn += 1
         plan = _Plan(self.config.max_num_batched_tokens, self._max_seqs_in_batch())
         waiting_rank = self.policy.prefill_rank
+        if self.waiting.num_aside:
+            self.waiting.recall(self.blocks.expected)
         for rank, key, request in sorted(self._ranked_running()):  # keys are unique: requests are not compared
             if self.waiting:
                 self._admit_before((rank, key), waiting_rank, plan, now)
@@ -243,7 +245,7 @@ class Scheduler:
             first = AGED_RANK if request.key[0] == AGED else rank
             if bound is not None and (first, request.key) > bound:
                 return
-            if not self._admit(request, plan, now):
+            if not self._admit(request, plan, now) and self.waiting.first(self.turn) is request:
                 plan.admission_closed = True
 
     def _admit(self, request: Request, plan: _Plan, now: float) -> bool:
@@ -251,7 +253,7 @@ class Scheduler:
             return False
         if not self.policy.mixes and plan.prefill is False:
             return False
-        cached = self._find_room(request)
+        cached = self.admission.find_room(request)
         if cached is None:
             return False
         self.blocks.attach(request, cached)
@@ -265,22 +267,6 @@ class Scheduler:
             return False
         self._finish_admission(request, first_blocks, plan, now)
         return True
-
-    def _find_room(self, request: Request) -> int | None:
-        """Tokens that cached blocks save it, if there is room for the rest. Who found none is not searched for
-        again until blocks have been given back, or the cache holds more of its prefix."""
-        blocks = self.blocks
-        if self._no_room is not None:
-            refused, cached, given_back = self._no_room
-            if refused is request and given_back == blocks.given_back and not blocks.may_hold_more(request, cached):
-                return None
-        cached = blocks.find_cached(request)
-        spare = -blocks.shortage(request, cached, len(request.tokens), self._reserved_blocks())
-        if spare < (self.watermark_blocks if self.running else 0):
-            self._no_room = (request, cached, blocks.given_back)
-            return None
-        self._no_room = None
-        return cached
 
     def _finish_admission(
         self, request: Request, first_blocks: tuple[tuple[int, ...], ...], plan: _Plan, now: float
@@ -297,14 +283,6 @@ class Scheduler:
         self.counters.prefix_cache_hits += request.cached_tokens
         if request.first_scheduled is None:
             request.first_scheduled = now
-
-    def _reserved_blocks(self) -> list[int]:
-        """Blocks of each group that running prompts have still to take: promised, though not held yet."""
-        prompts = [r for r in self.running if r.planned < r.prefill_end]
-        return [
-            sum(self.blocks.still_to_take(r, r.prefill_end, group) for r in prompts)
-            for group in range(len(self.blocks.pools))
-        ]
 
     # -- update -------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Container
 
 from foretell.core.request import Request, State
 
@@ -13,13 +14,15 @@ AGED = -(2**62)  # the priority of a request that has waited too long
 class WaitingQueue:
     """Requests in the order of their keys (priority, order of arrival). Ages are counted in turns: a request that
     waited ``starvation_turns`` of them is aged, for good. Entries of requests that ended or were promoted
-    meanwhile stay until they come up, or until they outnumber the others."""
+    meanwhile stay until they come up, or until they outnumber the others. Those set aside have none."""
 
     def __init__(self, starvation_turns: int) -> None:
         self.starvation_turns = starvation_turns
         self._count = 0
         self._by_key: list[tuple[tuple[int, int], int, Request]] = []  # a heap
         self._by_age: deque[tuple[int, Request]] = deque()  # (turn it began to wait, request), oldest first
+        self._aside: dict[bytes, list[Request]] = {}  # by the hash of the block that they are waiting for
+        self.num_aside = 0
 
     def __len__(self) -> int:
         return self._count
@@ -55,6 +58,21 @@ class WaitingQueue:
         """Take out the one that ``first`` gave."""
         heapq.heappop(self._by_key)
         self._count -= 1
+
+    def set_aside_first(self, block_hash: bytes) -> None:
+        """Pass over the one that ``first`` gave until this block is no longer expected, or it has aged."""
+        _, _, request = heapq.heappop(self._by_key)
+        self._aside.setdefault(block_hash, []).append(request)
+        self.num_aside += 1
+
+    def recall(self, expected: Container[bytes]) -> None:
+        """Take back those whose blocks are not expected any more: computed, or given up."""
+        for block_hash in [h for h in self._aside if h not in expected]:
+            requests = self._aside.pop(block_hash)
+            self.num_aside -= len(requests)
+            for request in requests:
+                if request.state is State.WAITING:
+                    self._push_entry(request)
 
     def _promote_aged(self, turn: int) -> None:
         while self._by_age:

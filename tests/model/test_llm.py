@@ -7,12 +7,14 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from foretell import LLM, AsyncLLM, SamplingParams
+from foretell.engine_loop import params_of_output
 from foretell.errors import ConfigError, ForetellError, InvalidRequestError
 from foretell.output import StopStringFilter
 from tests.model import models
@@ -143,6 +145,19 @@ def test_n_outputs_differ_but_repeat_with_their_seed(llm: LLM) -> None:
     assert len(set(texts)) == 3
     assert texts == [o.text for o in second.outputs]
     assert [o.index for o in first.outputs] == [0, 1, 2]
+
+
+def test_n_outputs_share_their_prompt_s_blocks_and_keep_their_tokens(llm: LLM) -> None:
+    """Each equals the request with its own seed, alone, whose prompt is computed from scratch."""
+    prompt = "Seven cities at the seaside, each with its harbour. " * 4
+    params = SamplingParams(n=3, temperature=1.0, seed=9, max_tokens=10)
+    counters = llm.assembly.engine.scheduler.counters
+    before = counters.prefix_cache_hits
+    together = llm.generate(prompt, params)[0]
+    assert counters.prefix_cache_hits - before == 2 * ((len(together.prompt_token_ids) - 1) // 16 * 16)
+    for index, output in enumerate(together.outputs):
+        alone = replace(params_of_output(params, index), n=1, prompt_logprobs=0)  # for which nothing is shared
+        assert llm.generate(prompt, alone)[0].outputs[0].token_ids == output.token_ids
 
 
 def test_logprobs_come_with_every_token(llm: LLM) -> None:

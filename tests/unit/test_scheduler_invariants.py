@@ -146,6 +146,7 @@ def test_same_tokens_every_request_answered_once_and_all_blocks_returned(setup: 
         assert not any(pool.references)
         assert {pool.hash_of[b] for b in pool.cached.values()} == set(pool.cached)
     assert not run.engine.scheduler.requests
+    assert not run.engine.scheduler.blocks.expected
 
 
 @settings(max_examples=120, deadline=None)
@@ -257,7 +258,7 @@ def mutate_chunk_cap(scheduler: Any) -> None:
 
 
 def mutate_watermark(scheduler: Any) -> None:
-    scheduler.watermark_blocks = 0
+    scheduler.admission.watermark_blocks = 0
 
 
 def mutate_ageing(scheduler: Any) -> None:
@@ -265,7 +266,11 @@ def mutate_ageing(scheduler: Any) -> None:
 
 
 def mutate_reservation(scheduler: Any) -> None:
-    scheduler._reserved_blocks = lambda: [0] * len(scheduler.blocks.pools)
+    scheduler.admission._reserved_blocks = lambda: [0] * len(scheduler.blocks.pools)
+
+
+def mutate_shared_prefix(scheduler: Any) -> None:
+    scheduler.blocks.awaited = lambda request, cached: None
 
 
 MUTATIONS = [
@@ -277,6 +282,7 @@ MUTATIONS = [
     mutate_watermark,
     mutate_ageing,
     mutate_reservation,
+    mutate_shared_prefix,
 ]
 
 

@@ -1,0 +1,58 @@
+"""Admission: is there room for a waiting request, and how much of it does the prefix cache hold already?"""
+
+from __future__ import annotations
+
+from foretell.config import SchedulerConfig
+from foretell.core.blocks import BlockManager
+from foretell.core.request import Request
+from foretell.core.waiting import AGED, WaitingQueue
+
+
+class Admission:
+    """Looks at the scheduler's running requests and its queue; ``blocks`` says what is free and what is cached."""
+
+    def __init__(
+        self, config: SchedulerConfig, blocks: BlockManager, waiting: WaitingQueue, running: list[Request]
+    ) -> None:
+        self.blocks = blocks
+        self.waiting = waiting
+        self.running = running
+        self.max_num_seqs = config.max_num_seqs
+        self.watermark_blocks = int(config.watermark * min(p.num_blocks for p in blocks.pools))
+        self._refused: tuple[Request, int, int] | None = None  # who found no room; its hits, blocks.given_back then
+
+    def find_room(self, request: Request) -> int | None:
+        """Tokens that cached blocks save the first in the queue, if there is room for the rest; else None. It has
+        been set aside then if it shares a prefix that is being computed."""
+        blocks = self.blocks
+        if self._is_still_refused(request):
+            return None
+        cached = blocks.find_cached(request)
+        awaited = None if request.key[0] == AGED else blocks.awaited(request, cached)
+        if awaited is not None:  # computed once, then shared
+            if self.waiting.num_aside < self.max_num_seqs:  # more of them could not run
+                self.waiting.set_aside_first(awaited)
+            return None
+        spare = -blocks.shortage(request, cached, len(request.tokens), self._reserved_blocks())
+        if spare < (self.watermark_blocks if self.running else 0):
+            self._refused = (request, cached, blocks.given_back)
+            return None
+        self._refused = None
+        return cached
+
+    def _is_still_refused(self, request: Request) -> bool:
+        """Who found no room is not searched for again until blocks have been given back, or the cache holds more of
+        its prefix: a long prompt at the head of the queue would be searched at every turn."""
+        if self._refused is None:
+            return False
+        refused, cached, given_back = self._refused
+        same = refused is request and given_back == self.blocks.given_back
+        return same and not self.blocks.may_hold_more(request, cached)
+
+    def _reserved_blocks(self) -> list[int]:
+        """Blocks of each group that running prompts have still to take: promised, though not held yet."""
+        prompts = [r for r in self.running if r.planned < r.prefill_end]
+        return [
+            sum(self.blocks.still_to_take(r, r.prefill_end, group) for r in prompts)
+            for group in range(len(self.blocks.pools))
+        ]
