@@ -7,9 +7,10 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from foretell.core.params import SamplingParams
 from foretell.core.structured import StructuredOutput
 from foretell.server.answers import raise_if_failed
-from foretell.server.chat import ChatDelta, ChatRequest, chat_deltas, prompt_ids_aside
+from foretell.server.chat import ChatDelta, ChatRequest, chat_deltas, check_template_kwargs, prompt_ids_aside
 from foretell.server.conversation import since, turn_starts
 from foretell.server.sampling import check_count, refused
 from foretell.server.structured import check_schema_size
@@ -17,7 +18,13 @@ from foretell.server.structured import check_schema_size
 if TYPE_CHECKING:
     from foretell.server.chat import ToolChoice
     from foretell.server.config import ServerConfig
+    from foretell.server.context import Server
+    from foretell.server.conversation import Message
+    from foretell.server.protocol.extras import Extras
     from foretell.server.text_engine import TextEngine
+
+
+_EXTRAS = ("top_k", "min_p", "repetition_penalty", "seed", "ignore_eos")
 
 
 async def sound_deltas(engine: TextEngine, chat: ChatRequest, ids: list[int]) -> AsyncIterator[ChatDelta]:
@@ -47,6 +54,34 @@ async def fitting(engine: TextEngine, chat: ChatRequest) -> tuple[ChatRequest, l
         else:
             low = middle + 1
     return best
+
+
+def chat_request(
+    asked: Extras,
+    server: Server,
+    messages: list[Message],
+    tools: list[dict[str, Any]],
+    choice: ToolChoice,
+    **params: Any,
+) -> ChatRequest:
+    """What to ask of the engine; ApiError for what is beyond the limits. ``params``: what the interface itself says
+    about sampling, in SamplingParams' words."""
+    config, kwargs = server.config, asked.chat_template_kwargs or {}
+    check_count("messages", len(messages), config.max_messages, "entries")
+    check_count("chat_template_kwargs", len(kwargs), config.max_template_kwargs, "entries")
+    check_template_kwargs(kwargs)
+    check_tools(tools, choice, config)
+    given = {name: getattr(asked, name) for name in _EXTRAS if getattr(asked, name) is not None}
+    return ChatRequest(
+        messages,
+        SamplingParams(**given, **params),
+        tools=tools,
+        tool_choice=choice,
+        template_kwargs=kwargs,
+        priority=asked.priority or 0,
+        timeout_seconds=server.timeout(asked.timeout_seconds),
+        max_prompt_chars=config.max_prompt_chars,
+    )
 
 
 def function_tool(name: str, description: str | None, parameters: dict[str, Any] | None) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from foretell.core.params import SamplingParams
 from foretell.errors import InvalidRequestError
-from foretell.server.answering import check_tools, function_tool, json_form
+from foretell.server import answering
+from foretell.server.answering import function_tool, json_form
 from foretell.server.chat import ChatRequest
 from foretell.server.conversation import Conversation, Message
 from foretell.server.protocol.anthropic import MessagesRequest
@@ -96,38 +97,27 @@ def continues_answer(messages: Sequence[Message]) -> bool:
 
 def chat_request(request: CountTokensRequest, server: Server) -> ChatRequest:
     """What to ask of the engine; ApiError or InvalidRequestError for what is beyond the limits, or makes no sense."""
-    config = server.config
     talk = conversation(request)
     tools, choice = tools_and_choice(request)
-    check_count("messages", len(talk), config.max_messages)
-    check_tools(tools, choice, config)
-    continues = continues_answer(talk)
-    return ChatRequest(
-        talk,
-        sampling(request, config),
-        tools=tools,
-        tool_choice=choice,
-        add_generation_prompt=not continues,
-        continue_final_message=continues,
-        timeout_seconds=server.timeout(None),
-        max_prompt_chars=config.max_prompt_chars,
-    )
+    params = {"structured": _structured(request, server.config)}
+    if isinstance(request, MessagesRequest):
+        params |= _params(request, server.config)
+    made = answering.chat_request(request, server, talk, tools, choice, **params)
+    if continues_answer(talk):
+        made = replace(made, add_generation_prompt=False, continue_final_message=True)
+    return made
 
 
-def sampling(request: CountTokensRequest, config: ServerConfig) -> SamplingParams:
-    if not isinstance(request, MessagesRequest):
-        return SamplingParams(structured=_structured(request, config))
+def _params(request: MessagesRequest, config: ServerConfig) -> dict[str, Any]:
     stops = request.stop_sequences or ()
     check_count("stop_sequences", len(stops), config.max_stops, "entries")
     check_count("stop_sequences", max(map(len, stops), default=0), config.max_stop_chars, "characters in one")
-    return SamplingParams(
-        max_tokens=request.max_tokens,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_k=request.top_k or 0,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        stop=stops,
-        structured=_structured(request, config),
-    )
+    return {
+        "max_tokens": request.max_tokens,
+        "temperature": 1.0 if request.temperature is None else request.temperature,
+        "top_p": 1.0 if request.top_p is None else request.top_p,
+        "stop": stops,
+    }
 
 
 def _structured(request: CountTokensRequest, config: ServerConfig) -> StructuredOutput | None:

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from foretell.core.params import SamplingParams
 from foretell.errors import InvalidRequestError
-from foretell.server.answering import check_tools, function_tool, json_form
+from foretell.server import answering
+from foretell.server.answering import function_tool, json_form
 from foretell.server.chat import ChatRequest
 from foretell.server.conversation import Conversation, Message, parsed_arguments, read_arguments
 from foretell.server.responses_events import new_id
@@ -64,30 +64,20 @@ def text_of(content: Content) -> str:
 
 def chat_request(request: ResponsesRequest, previous: Sequence[Message], server: Server) -> ChatRequest:
     """What to ask of the engine; ApiError or InvalidRequestError for what is beyond the limits, or makes no sense."""
-    config = server.config
-    talk = conversation(request, previous)
     tools, choice = tools_and_choice(request)
-    check_count("input", len(talk), config.max_messages, "messages")
-    check_tools(tools, choice, config)
-    return ChatRequest(
-        talk,
-        sampling(request, config),
-        tools=tools,
-        tool_choice=choice,
-        timeout_seconds=server.timeout(None),
-        max_prompt_chars=config.max_prompt_chars,
-    )
-
-
-def sampling(request: ResponsesRequest, config: ServerConfig) -> SamplingParams:
     wants_logprobs = _LOGPROBS in (request.include or ()) or bool(request.top_logprobs)
-    check_count("top_logprobs", request.top_logprobs or 0, config.max_logprobs)
-    return SamplingParams(
+    check_count("top_logprobs", request.top_logprobs or 0, server.config.max_logprobs)
+    return answering.chat_request(
+        request,
+        server,
+        conversation(request, previous),
+        tools,
+        choice,
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
         max_tokens=request.max_output_tokens,
         logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
-        structured=_structured(request, config),
+        structured=_structured(request, server.config),
     )
 
 

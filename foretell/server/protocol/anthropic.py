@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from foretell.server.protocol.base import Request
 from foretell.server.protocol.chat import Name
+from foretell.server.protocol.extras import Extras
 from foretell.server.protocol.variants import kind_tag, one_or_many, only, unsupported
 
 
@@ -160,7 +161,7 @@ class OutputConfig(Request):
     effort: Annotated[None, BeforeValidator(unsupported("a model here has one effort"))] = None
 
 
-class CountTokensRequest(Request):
+class CountTokensRequest(Extras):
     """What a prompt is made of. Everything that shapes only the answer may be there too, and does not count."""
 
     model: str
@@ -179,7 +180,6 @@ class MessagesRequest(CountTokensRequest):
     stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     metadata: MessagesMetadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from foretell.server.protocol.base import Request
 from foretell.server.protocol.chat import Name
+from foretell.server.protocol.extras import Extras
 from foretell.server.protocol.variants import kind_tag, one_or_many, only, unsupported
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -219,7 +220,7 @@ Include = Literal[
 ]
 
 
-class ResponsesRequest(Request):
+class ResponsesRequest(Extras):
     model: str | None = None
     input: Input
     instructions: str | None = None
