@@ -32,7 +32,7 @@ def build(options: dict[str, Any], on_phase: OnPhase) -> tuple[Engine, wire.Read
     return engine, wire.Ready(
         model=made.model, spec=None, vocab_size=CONTEXT, eos_token_ids=[CONTEXT], dtype="none", weight_format="none",
         max_model_len=engine.scheduler.config.max_model_len, max_tokens_per_request=limit, kernels="none",
-        max_num_seqs=made.max_num_seqs, weight_bytes=0, kv_bytes=0, kv_element_bytes=0,
+        max_num_seqs=engine.scheduler.config.max_num_seqs, weight_bytes=0, kv_bytes=0, kv_element_bytes=0,
         kv_tokens=KV_BLOCKS * made.block_size, phases={},
     )  # fmt: skip
 
