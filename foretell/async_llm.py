@@ -21,6 +21,13 @@ class AsyncLLM:
     ) -> None:
         self.llm = LLM(model, on_event=on_event, **options)
 
+    @classmethod
+    def over(cls, llm: LLM) -> AsyncLLM:
+        """The asyncio interface of an engine that is there already; closing either closes both."""
+        made = cls.__new__(cls)
+        made.llm = llm
+        return made
+
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncIterator[Update]:

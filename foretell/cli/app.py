@@ -12,6 +12,7 @@ from foretell.cli.guard import guarded
 from foretell.cli.inspect import inspect
 from foretell.cli.models import models
 from foretell.cli.run import run
+from foretell.cli.run_batch import run_batch
 from foretell.cli.version import show_version, version_option
 
 app = typer.Typer(
@@ -45,5 +46,6 @@ app.command("run")(guarded(run))
 app.command("chat")(guarded(chat))
 app.command("models")(guarded(models))
 app.command("inspect")(guarded(inspect))
+app.command("run-batch")(guarded(run_batch))
 app.add_typer(bench_app, name="bench")
 app.command("version")(guarded(show_version))
