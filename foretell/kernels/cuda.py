@@ -1,0 +1,267 @@
+"""The GPU's kernels behind the ``Kernels`` interface: Triton's where fusing or few rows pay, cuBLAS for the rest.
+
+Activations are in the weights' dtype (bfloat16 as a rule). Scratch memory belongs to the backend, so the kernels of
+one backend run in one stream. What the kernels do not take goes to the reference ones in torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foretell.config import Activation
+from foretell.kernels import cuda_tuning, triton_decode, triton_elementwise, triton_linear, triton_prefill
+from foretell.kernels.base import BatchContext, HeadNorms, KVLayer, Linear
+from foretell.kernels.cuda_tuning import power_of_two
+from foretell.kernels.reference import ReferenceKernels
+from foretell.kernels.triton_common import Scratch, launch_options, num_multiprocessors
+
+FEW_ROWS = 64  # up to here a product is bound by reading the weights, and ours is faster than cuBLAS
+BEST_BLOCK, BEST_STEPS = 1024, 4  # logits that one program of best_token looks at
+
+
+def _precision(x: Tensor) -> str:
+    """Of a Triton dot: full for float32, where the default would round to tf32."""
+    return "ieee" if x.dtype is torch.float32 else "tf32"
+
+
+class CudaLinear:
+    """A weight [N, K] as it came; the kernel is chosen by the number of rows."""
+
+    __slots__ = ("bias", "in_features", "out_features", "scratch", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight.detach().contiguous()
+        self.bias = None if bias is None else bias.detach().to(weight.device, torch.float32)
+        self.scratch = scratch
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.takes(x):
+            bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+            return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
+        return self.launch(x, "")
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether our kernels are for this input."""
+        return 0 < x.shape[0] <= FEW_ROWS and x.dtype is self.weight.dtype and x.element_size() == 2
+
+    def launch(self, x: Tensor, kind: str) -> Tensor:
+        """x [M, K], few rows → [M, N]; with an activation ``kind``, the weight's rows are [gate; up]: [M, N/2]."""
+        rows, K = x.shape
+        N = self.out_features // 2 if kind else self.out_features
+        y = torch.empty(rows, N, dtype=x.dtype, device=x.device)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        options: dict[str, Any] = launch_options(x.device)
+        units = num_multiprocessors(x.device)
+        bias = self.bias
+        if rows == 1:
+            one = cuda_tuning.one_row(N, K, bool(kind), units)
+            triton_linear.one_row[(-(-N // one.block_n),)](
+                x, self.weight, bias, y, N, K, kind, bias is not None, one.block_n, one.block_k,
+                num_warps=one.num_warps, **options,
+            )  # fmt: skip
+            return y
+        few = cuda_tuning.few_rows(rows, N, K, bool(kind), units)
+        tiles = -(-N // few.block_n)
+        parts = arrived = x  # not used
+        if few.splits > 1:
+            parts = self.scratch.floats((2 if kind else 1) * few.splits * few.block_m * tiles * few.block_n, x.device)
+            arrived = self.scratch.counters(tiles, x.device)
+        triton_linear.few_rows[(tiles, few.splits)](
+            x, x.stride(0), self.weight, bias, y, parts, arrived, rows, N, K,
+            kind, bias is not None, _precision(x), few.block_m, few.block_n, few.block_k, few.splits,
+            few.weights_first, few.ahead, few.stages, num_warps=few.num_warps, **options,
+        )  # fmt: skip
+        return y
+
+
+class CudaKernels(ReferenceKernels):
+    """One device, one stream. ``batch_invariant``: a row's result does not depend on the rows beside it."""
+
+    name = "cuda"
+    defers_sums = True
+
+    def __init__(self, batch_invariant: bool = False) -> None:
+        super().__init__()
+        self.batch_invariant = batch_invariant
+        self.scratch = Scratch()
+
+    def set_threads(self, count: int) -> None:
+        """Nothing here runs on the CPU."""
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return CudaLinear(weight, bias, self.scratch)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        normed = torch.empty_like(x)
+        C = x.shape[-1]
+        self._norm(x, x, weight, normed, normed, C, eps, False)
+        return normed
+
+    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x, y = x.contiguous(), y.contiguous()
+        normed, sums = torch.empty_like(x), torch.empty_like(x)
+        self._norm(x, y, weight, normed, sums, x.shape[-1], eps, True)
+        return normed, sums
+
+    def _norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, normed: Tensor, sums: Tensor, C: int, eps: float, add: bool
+    ) -> None:
+        block = power_of_two(C)
+        if x.numel() > 0:
+            triton_elementwise.rms_norm[(x.numel() // C,)](
+                x, y, weight, normed, sums, C, eps, add, block,
+                num_warps=min(max(block // 512, 1), 8), **launch_options(x.device),
+            )  # fmt: skip
+
+    def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
+        if gate_up.stride(1) != 1:
+            gate_up = gate_up.contiguous()
+        M, width = gate_up.shape[0], gate_up.shape[1] // 2
+        y = torch.empty(M, width, dtype=gate_up.dtype, device=gate_up.device)
+        block = min(power_of_two(width), 2048)
+        if M > 0:
+            triton_elementwise.gated_activation[(M, -(-width // block))](
+                gate_up, gate_up.stride(0), y, width, kind, block, num_warps=4, **launch_options(y.device)
+            )
+        return y
+
+    def gated_linear(self, linear: Linear, x: Tensor, kind: Activation) -> Tensor:
+        if isinstance(linear, CudaLinear) and linear.takes(x):
+            return linear.launch(x, kind)
+        return self.gated_activation(linear(x), kind)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: HeadNorms | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        kv: KVLayer,
+        context: BatchContext,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        qkv = _one_row_per_token(q, k, v)
+        if context.max_query_len == 1 and q.shape[0] == context.kv_lens.shape[0]:
+            return self._decode(qkv, q.shape[1], norms, rotation, kv, context, scale, window)
+        self._place(qkv, q.shape[1], norms, rotation, kv, context)
+        H, G, D = q.shape[1], kv.k.shape[1], q.shape[2]
+        heads = qkv.view(len(qkv), H + 2 * G, D)
+        return self.attention(heads[:, :H], kv, context, scale, window)
+
+    def _decode(
+        self,
+        qkv: Tensor,
+        H: int,
+        norms: HeadNorms | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        kv: KVLayer,
+        context: BatchContext,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        S, (_, G, block_size, D) = len(qkv), kv.k.shape
+        tables = context.groups[kv.group].block_tables
+        out = torch.empty(S, H * D, dtype=qkv.dtype, device=qkv.device)
+        longest = tables.shape[1] * block_size if window is None else min(tables.shape[1] * block_size, window)
+        how = cuda_tuning.decode(S * G, D, num_multiprocessors(qkv.device), longest)
+        share = H // G
+        block_h, block_d = power_of_two(share, 16), power_of_two(D, 16)
+        cos, sin = rotation if rotation is not None else (qkv, qkv)
+        R = cos.shape[1] if rotation is not None else 0
+        parts = self.scratch.floats(S * G * how.splits * block_h * (2 + block_d), qkv.device)
+        arrived = self.scratch.counters(S * G, qkv.device)
+        triton_decode.decode_attention[(S * G, how.splits)](
+            qkv, qkv.stride(0), cos, sin, *_norm_arguments(norms, qkv), kv.k, kv.v, tables, tables.stride(0),
+            context.kv_lens, out, parts, arrived, scale, window or 0, H, G, block_size, D, R, block_d, share, block_h,
+            how.block_n, how.splits, power_of_two(how.splits), how.smallest, norms is not None, window is not None,
+            _precision(qkv), how.stages, num_warps=how.num_warps, **launch_options(qkv.device),
+        )  # fmt: skip
+        return out
+
+    def _place(
+        self,
+        qkv: Tensor,
+        H: int,
+        norms: HeadNorms | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        kv: KVLayer,
+        context: BatchContext,
+    ) -> None:
+        """Norm and rotate q and k in place; keep k and v."""
+        M, (_, G, block_size, D) = len(qkv), kv.k.shape
+        cos, sin = rotation if rotation is not None else (qkv, qkv)
+        R = cos.shape[1] if rotation is not None else 0
+        heads = min(power_of_two(H + 2 * G), 16)
+        triton_elementwise.place_heads[(M, -(-(H + 2 * G) // heads))](
+            qkv, qkv.stride(0), cos, sin, *_norm_arguments(norms, qkv), kv.k, kv.v, context.groups[kv.group].slots,
+            H, G, block_size, D, R, power_of_two(max(D - 2 * R, 1)), power_of_two(max(R, 1)), heads,
+            norms is not None, num_warps=4, **launch_options(qkv.device),
+        )  # fmt: skip
+
+    def attention(self, q: Tensor, kv: KVLayer, context: BatchContext, scale: float, window: int | None) -> Tensor:
+        M, H, D = q.shape
+        G, block_size = kv.k.shape[1], kv.k.shape[2]
+        if q.stride(2) != 1 or q.stride(1) != D:
+            q = q.contiguous()
+        out = torch.empty(M, H * D, dtype=q.dtype, device=q.device)
+        how = cuda_tuning.prefill(D, q.element_size())
+        share, pack = H // G, 1
+        while share % (2 * pack) == 0 and pack < how.block_m // 16:
+            pack *= 2
+        tables = context.groups[kv.group].block_tables
+        S, rows = tables.shape[0], how.block_m // pack
+        tiles = min(M // rows + S, S * -(-context.max_query_len // rows))
+        triton_prefill.paged_prefill[(tiles, H // pack)](
+            q, q.stride(0), kv.k, kv.v, tables, tables.stride(0), context.query_starts, context.kv_lens, out,
+            scale, window or 0, S, H, G, block_size, D, power_of_two(D, 16), share, pack,
+            how.block_m, how.block_n, power_of_two(S), window is not None, _precision(q), how.stages,
+            num_warps=how.num_warps, **launch_options(q.device),
+        )  # fmt: skip
+        return out
+
+    def best_token(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        R, V = logits.shape
+        if logits.stride(1) != 1:
+            logits = logits.contiguous()
+        parts = -(-V // (BEST_BLOCK * BEST_STEPS))
+        device = logits.device
+        best = torch.empty(R, parts, dtype=torch.float32, device=device)
+        index = torch.empty(R, parts, dtype=torch.int32, device=device)
+        top, token = torch.empty(R, device=device), torch.empty(R, dtype=torch.int64, device=device)
+        options: dict[str, Any] = launch_options(device)
+        if R > 0:
+            triton_elementwise.best_of_part[(R, parts)](
+                logits, logits.stride(0), V, best, index, parts, BEST_BLOCK, BEST_STEPS, num_warps=4, **options
+            )
+            triton_elementwise.best_of_parts[(R,)](
+                best, index, parts, top, token, power_of_two(parts), num_warps=1, **options
+            )
+        return top, token
+
+
+def _norm_arguments(norms: HeadNorms | None, other: Tensor) -> tuple[Tensor, Tensor, float]:
+    return (other, other, 0.0) if norms is None else (norms.q, norms.k, norms.eps)
+
+
+def _one_row_per_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [M, H, D], k and v [M, G, D] as rows [M, (H + 2G)·D]: the product they were split from, or a copy."""
+    M, H, D = q.shape
+    G = k.shape[1]
+    size, row = q.element_size(), q.stride(0)
+    ours = all(t.stride(2) == 1 and t.stride(1) == D and t.stride(0) == row for t in (q, k, v))
+    if ours and k.data_ptr() - q.data_ptr() == H * D * size and v.data_ptr() - k.data_ptr() == G * D * size:
+        return q.as_strided((M, (H + 2 * G) * D), (row, 1))
+    return torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), dim=1)

@@ -1,0 +1,151 @@
+"""What stands between the products: norms with the residual sum, gated activations, heads on their way to the cache."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from foretell.kernels.triton_common import activated, let_next_start, wait_for_inputs
+
+
+@triton.jit
+def rms_norm(
+    x_ptr, y_ptr, weight_ptr, normed_ptr, sum_ptr, C, eps,
+    ADD: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row a program: normed = rms_norm(x) or, with ADD, of sum = x + y, rounded to its dtype first."""
+    let_next_start(PDL)
+    row = tl.program_id(0).to(tl.int64) * C
+    c = tl.arange(0, BLOCK_C)
+    inside = c < C
+    weight = tl.load(weight_ptr + c, mask=inside, other=0.0)
+    wait_for_inputs(PDL)
+    x = tl.load(x_ptr + row + c, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(y_ptr + row + c, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row + c, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / C + eps)
+    tl.store(normed_ptr + row + c, (x * scale * weight).to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_activation(
+    gate_up_ptr, stride, y_ptr, F, KIND: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """[M, 2F] (gate | up) → act(gate) · up, a row and BLOCK_F columns a program."""
+    let_next_start(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = f < F
+    wait_for_inputs(PDL)
+    gate = tl.load(gate_up_ptr + row * stride + f, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * stride + F + f, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * F + f, (activated(gate, KIND) * up).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def place_heads(
+    qkv_ptr, stride_m, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps,
+    k_cache_ptr, v_cache_ptr, slots_ptr, H, G,
+    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token and BLOCK_HEADS of its H + 2G heads: q and k normed (NORM) and rotated in place (first 2R dims),
+    k and v stored at the token's slot in the cache [blocks, G, BLOCK_SIZE, D]. Slots below 0 are not written."""
+    let_next_start(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    is_head, is_q, is_v = head < H + 2 * G, head < H, head >= H + G
+    turned = is_head & (head < H + G)
+    wait_for_inputs(PDL)
+    slot = tl.load(slots_ptr + token)
+    group = tl.where(is_v, head - H - G, head - H)
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    kept = ((block * G + group) * BLOCK_SIZE + offset) * D
+    is_kept = is_head & (head >= H) & (slot >= 0)
+    base = qkv_ptr + token * stride_m + head[:, None] * D
+    r = tl.arange(0, BLOCK_R)
+    pair = is_head[:, None] & (r < R)[None, :]
+    low = tl.load(base + r, mask=pair, other=0.0).to(tl.float32)
+    high = tl.load(base + R + r, mask=pair, other=0.0).to(tl.float32)
+    rest = tl.zeros((BLOCK_HEADS, BLOCK_D), tl.float32)
+    d = 2 * R + tl.arange(0, BLOCK_D)
+    beyond = is_head[:, None] & (d < D)[None, :]
+    if 2 * R < D:
+        rest = tl.load(base + d, mask=beyond, other=0.0).to(tl.float32)
+    if NORM:
+        squares = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1) + tl.sum(rest * rest, axis=1)
+        scale = tl.where(turned, tl.rsqrt(squares / D + eps), 1.0)[:, None]
+        low = _normed(low, scale, q_weight_ptr, k_weight_ptr, r, r < R, is_q, turned, base)
+        high = _normed(high, scale, q_weight_ptr, k_weight_ptr, R + r, r < R, is_q, turned, base)
+        if 2 * R < D:
+            rest = _normed(rest, scale, q_weight_ptr, k_weight_ptr, d, d < D, is_q, turned, base)
+    if R > 0:
+        c = tl.load(cos_ptr + token * R + r, mask=r < R, other=1.0)[None, :]
+        s = tl.load(sin_ptr + token * R + r, mask=r < R, other=0.0)[None, :]
+        c, s = tl.where(turned[:, None], c, 1.0), tl.where(turned[:, None], s, 0.0)
+        low, high = low * c - high * s, high * c + low * s
+    kind = qkv_ptr.dtype.element_ty
+    tl.store(base + r, low.to(kind), mask=pair & turned[:, None])
+    tl.store(base + R + r, high.to(kind), mask=pair & turned[:, None])
+    cache = k_cache_ptr.dtype.element_ty
+    low, high, rest = low.to(kind).to(cache), high.to(kind).to(cache), rest.to(kind).to(cache)
+    k_kept, v_kept = (is_kept & ~is_v)[:, None], (is_kept & is_v)[:, None]
+    tl.store(k_cache_ptr + kept[:, None] + r, low, mask=pair & k_kept)
+    tl.store(k_cache_ptr + kept[:, None] + R + r, high, mask=pair & k_kept)
+    tl.store(v_cache_ptr + kept[:, None] + r, low, mask=pair & v_kept)
+    tl.store(v_cache_ptr + kept[:, None] + R + r, high, mask=pair & v_kept)
+    if 2 * R < D:
+        if NORM:
+            tl.store(base + d, rest.to(kind), mask=beyond & turned[:, None])
+        tl.store(k_cache_ptr + kept[:, None] + d, rest, mask=beyond & k_kept)
+        tl.store(v_cache_ptr + kept[:, None] + d, rest, mask=beyond & v_kept)
+
+
+@triton.jit
+def _normed(x, scale, q_weight_ptr, k_weight_ptr, at, inside, is_q, turned, base):
+    """Heads times their norm's scale and weight, rounded as a norm of its own would."""
+    q_weight = tl.load(q_weight_ptr + at, mask=inside, other=0.0)[None, :]
+    k_weight = tl.load(k_weight_ptr + at, mask=inside, other=0.0)[None, :]
+    weight = tl.where(is_q[:, None], q_weight, k_weight)
+    return tl.where(turned[:, None], (x * scale * weight).to(base.dtype.element_ty).to(tl.float32), x)
+
+
+@triton.jit
+def best_of_part(
+    logits_ptr, stride, V, best_ptr, index_ptr, parts,
+    BLOCK_V: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The largest of STEPS · BLOCK_V logits of a row, and its first index; NaN counts as infinity."""
+    let_next_start(PDL)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    v = part * STEPS * BLOCK_V + tl.arange(0, BLOCK_V)
+    wait_for_inputs(PDL)
+    best = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    index = v
+    for step in tl.static_range(STEPS):
+        at = v + step * BLOCK_V
+        x = tl.load(logits_ptr + row * stride + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        x = tl.where(x != x, float("inf"), x)
+        index = tl.where(x > best, at, index)
+        best = tl.where(x > best, x, best)
+    top = tl.max(best, axis=0)
+    first = tl.min(tl.where(best == top, index, 2147483647), axis=0)
+    tl.store(best_ptr + row * parts + part, top)
+    tl.store(index_ptr + row * parts + part, first)
+
+
+@triton.jit
+def best_of_parts(
+    best_ptr, index_ptr, parts, top_ptr, token_ptr, BLOCK_P: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    let_next_start(PDL)
+    row, p = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_P)
+    wait_for_inputs(PDL)
+    best = tl.load(best_ptr + row * parts + p, mask=p < parts, other=float("-inf"))
+    index = tl.load(index_ptr + row * parts + p, mask=p < parts, other=2147483647)
+    top = tl.max(best, axis=0)
+    tl.store(top_ptr + row, top)
+    tl.store(token_ptr + row, tl.min(tl.where(best == top, index, 2147483647), axis=0).to(tl.int64))

@@ -1,0 +1,199 @@
+"""Decode and prefill attention, with all that goes before it, against float64; NaN in every slot that nothing may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from foretell.kernels.base import BatchContext, HeadNorms, KVGroupView, KVLayer
+from tests.gpu.conftest import INTERPRETED
+from tests.gpu.test_linear import near
+
+pytestmark = pytest.mark.gpu
+EPS = 1e-6
+LONG = 40 if INTERPRETED else 5000
+
+
+@dataclass
+class Case:
+    """Sequences of these lengths, of which the last ``queries`` tokens are new. What the kernels shall do is done here
+    in float64 with one token after the other."""
+
+    lengths: list[int]
+    queries: list[int]
+    H: int = 4
+    G: int = 2
+    D: int = 64
+    R: int = 32
+    window: int | None = None
+    norms: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    block_size: int = 16
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        r = torch.Generator().manual_seed(self.seed)
+        d, self.scale = self.device, 1.3 * self.D**-0.5
+        needed = [-(-n // self.block_size) for n in self.lengths]
+        order = torch.randperm(sum(needed) + 3, generator=r).int()
+        self.tables = torch.full((len(needed), max(1, *needed) + 2), -7, dtype=torch.int32)
+        taken = 0
+        for s, count in enumerate(needed):
+            self.tables[s, :count] = order[taken : taken + count]
+            taken += count
+        shape = (sum(needed) + 3, self.G, self.block_size, self.D)
+        self.k_cache, self.v_cache = (torch.full(shape, torch.nan, dtype=self.dtype) for _ in range(2))
+        self.k_old = [torch.randn(n, self.G, self.D, generator=r).to(self.dtype) for n in self.lengths]
+        self.v_old = [torch.randn(n, self.G, self.D, generator=r).to(self.dtype) for n in self.lengths]
+        positions, slots = [], []
+        for s, (n, new) in enumerate(zip(self.lengths, self.queries, strict=True)):
+            for cache, values in ((self.k_cache, self.k_old[s]), (self.v_cache, self.v_old[s])):
+                p = torch.arange(n - new)
+                cache[self.tables[s, p // self.block_size].long(), :, p % self.block_size] = values[: n - new]
+            p = torch.arange(n - new, n)
+            positions.append(p)
+            slots.append(self.tables[s, p // self.block_size].long() * self.block_size + p % self.block_size)
+            if self.window:  # blocks that fell out of the window are stale
+                self.tables[s, : max(0, n - new - self.window + 1) // self.block_size] = -9
+        self.positions, self.slots = torch.cat(positions), torch.cat(slots)
+        M = len(self.positions)
+        self.qkv = torch.randn(M, (self.H + 2 * self.G) * self.D, generator=r).to(self.dtype)
+        angles = torch.outer(self.positions.double(), 10000.0 ** -(torch.arange(self.R).double() / max(self.R, 1)))
+        self.rotation = (angles.cos().float().to(d), angles.sin().float().to(d)) if self.R else None
+        w = torch.randn(2, self.D, generator=r)
+        self.head_norms = HeadNorms(w[0].to(d), w[1].to(d), EPS) if self.norms else None
+        self.kv = KVLayer(self.k_cache.to(d), self.v_cache.to(d), 0)
+        starts = torch.tensor([0, *self.queries]).cumsum(0).int()
+        view = KVGroupView(self.tables.to(d), self.slots.to(d))
+        self.context = BatchContext(
+            self.positions.to(d), starts.to(d), torch.tensor(self.lengths, dtype=torch.int32).to(d), (view,),
+            self.block_size, max(self.queries), max(self.lengths),
+        )  # fmt: skip
+
+    def run(self, kernels) -> Tensor:
+        heads = self.qkv.to(self.device, copy=True).view(len(self.qkv), -1, self.D)
+        q, k, v = heads.split([self.H, self.G, self.G], dim=1)
+        return kernels.attend(
+            q, k, v, self.head_norms, self.rotation, self.kv, self.context, self.scale, self.window
+        )
+
+    def placed(self, heads: Tensor, weight: Tensor | None) -> Tensor:
+        """Heads [M, n, D] normed and rotated, rounded to the dtype after each."""
+        x = heads.double()
+        if weight is not None:
+            x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.cpu().double()
+            x = x.to(self.dtype).double()
+        if self.rotation is not None:
+            c, s = (t.cpu().double()[:, None] for t in self.rotation)
+            low, high = x[..., : self.R], x[..., self.R : 2 * self.R]
+            x = torch.cat((low * c - high * s, high * c + low * s, x[..., 2 * self.R :]), dim=-1)
+        return x.to(self.dtype)
+
+    def exact(self) -> Tensor:
+        q, k, v = self.qkv.view(len(self.qkv), -1, self.D).split([self.H, self.G, self.G], dim=1)
+        w = self.head_norms
+        q, k = self.placed(q, w and w.q), self.placed(k, w and w.k)
+        rows, at = [], 0
+        for s, (n, new) in enumerate(zip(self.lengths, self.queries, strict=True)):
+            if n == 0:
+                rows.append(torch.zeros(new, self.H * self.D, dtype=torch.float64))
+                at += new
+                continue
+            self.k_old[s][n - new :], self.v_old[s][n - new :] = k[at : at + new], v[at : at + new]
+            keys, values = (t.double().repeat_interleave(self.H // self.G, 1) for t in (self.k_old[s], self.v_old[s]))
+            scores = self.scale * torch.einsum("qhd,khd->hqk", q[at : at + new].double(), keys)
+            row, key = torch.arange(n - new, n)[:, None], torch.arange(n)[None]
+            hidden = key > row
+            if self.window:
+                hidden |= key <= row - self.window
+            rows.append(
+                torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values).flatten(1)
+            )
+            at += new
+        return torch.cat(rows)
+
+    def check(self, kernels) -> None:
+        near(self.run(kernels).cpu(), self.exact(), 1e-5 if self.dtype is torch.float32 else 1e-2)
+        k_cache, v_cache = self.kv.k.cpu(), self.kv.v.cpu()
+        for s, (n, new) in enumerate(zip(self.lengths, self.queries, strict=True)):
+            p = torch.arange(max(n - new, 0), n)
+            at = (self.tables[s, p // self.block_size].long(), slice(None), p % self.block_size)
+            near(k_cache[at], self.k_old[s][n - new :].double(), 4e-3) if n else None
+            assert torch.equal(v_cache[at], self.v_old[s][n - new :] if n else v_cache[at])
+        assert int((~v_cache.isnan()).sum()) == sum(self.lengths) * self.G * self.D, "written beside its slots"
+
+
+HEADS = [(4, 4), (4, 1), (6, 2), (8, 1), (15, 3), (32, 8), (7, 7)]
+
+
+@pytest.mark.parametrize(("H", "G"), HEADS)
+@pytest.mark.parametrize("window", [None, 20])
+def test_decode(kernels, device, H, G, window):
+    lengths = [1, 2, 17, LONG, 333 if not INTERPRETED else 33]
+    Case(lengths, [1] * 5, H, G, window=window, device=device, norms=H == 6).check(kernels)
+
+
+@pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("norms", [False, True])
+def test_decode_head_dims(kernels, device, D, dtype, norms):
+    Case([LONG, 1, 50], [1, 1, 1], 4, 2, D, D // 2, dtype=dtype, norms=norms, device=device).check(kernels)
+
+
+@pytest.mark.parametrize("queries", ["all", "half", "mixed"])
+@pytest.mark.parametrize(("H", "G"), HEADS)
+@pytest.mark.parametrize("window", [None, 20])
+def test_prefill(kernels, device, H, G, window, queries):
+    lengths = [1, 30, 47, 16] if INTERPRETED else [1, 300, 1000, 64]
+    new = {"all": lengths, "half": [-(-n // 2) for n in lengths], "mixed": [1, 1, lengths[2], 16]}[queries]
+    Case(lengths, new, H, G, window=window, device=device).check(kernels)
+
+
+@pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("norms", [False, True])
+def test_prefill_head_dims(kernels, device, D, dtype, norms):
+    n = 40 if INTERPRETED else 700
+    Case([n, 20], [n, 3], 4, 2, D, D // 2, dtype=dtype, norms=norms, device=device).check(kernels)
+
+
+@pytest.mark.parametrize("R", [0, 8])
+@pytest.mark.parametrize("queries", [[1, 1], [20, 9]])
+def test_no_rotation_and_part_of_a_head(kernels, device, R, queries):
+    Case([40, 9], queries, 4, 2, 64, R, norms=True, device=device).check(kernels)
+
+
+def test_padding_rows_are_zero_and_keep_nothing(kernels, device):
+    case = Case([30, 17, 0, 0], [1, 1, 0, 0], device=device)
+    case.qkv = torch.cat((case.qkv, torch.full((2, case.qkv.shape[1]), torch.nan, dtype=case.dtype)))
+    pad = torch.zeros(2, case.R, device=device)
+    case.rotation = tuple(torch.cat((t, pad)) for t in case.rotation)
+    y = case.run(kernels)
+    assert y.shape[0] == 4
+    assert not y[2:].any()
+    case.queries = [1, 1, 1, 1]
+    near(y[:2].cpu(), case.exact()[:2], 1e-2)
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 64])
+def test_block_sizes(kernels, device, block_size):
+    for queries in ([1, 1], [33, 2]):
+        Case([70, 33], queries, block_size=block_size, device=device).check(kernels)
+
+
+@pytest.mark.parametrize("seed", range(2 if INTERPRETED else 30))
+def test_random_batches(kernels, device, seed):
+    r = torch.Generator().manual_seed(seed)
+    pick = lambda *xs: xs[int(torch.randint(len(xs), (1,), generator=r))]  # noqa: E731
+    longest = 60 if INTERPRETED else pick(64, 600, 3000, 32768)
+    count = int(torch.randint(1, 5, (1,), generator=r))
+    lengths = [int(torch.randint(1, longest + 1, (1,), generator=r)) for _ in range(count)]
+    queries = [min(n, pick(1, 2, 40, 500), n) for n in lengths] if pick(0, 1) else [1] * count
+    G, share, D = pick(1, 2, 3, 5), pick(1, 2, 3, 4, 7, 8), pick(32, 64, 80, 96, 128, 256)
+    R = pick(D // 2, D // 4, D // 2)
+    window = pick(None, None, 1, 7, 100, 1000)
+    Case(lengths, queries, G * share, G, D, R, window, bool(pick(0, 1)), device=device, seed=seed).check(kernels)

@@ -1,0 +1,56 @@
+"""Norms, activations, the heads on their way to the cache and the best token against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gpu.conftest import INTERPRETED
+from tests.gpu.test_linear import exact_activation, near
+
+pytestmark = pytest.mark.gpu
+WIDTHS = (1, 17, 256) if INTERPRETED else (1, 17, 576, 1152, 4096, 8192, 10000)
+
+
+def exact_norm(x: torch.Tensor, w: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    return x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt() * w.double()
+
+
+@pytest.mark.parametrize("C", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms(kernels, device, C, dtype):
+    relative = 4e-3 if dtype is torch.bfloat16 else 1e-6
+    for rows in (1, 3, 40):
+        x, y = (torch.randn(rows, C, device=device).to(dtype) * 3 + 1 for _ in range(2))
+        w = torch.randn(C, device=device)
+        near(kernels.rms_norm(x, w, 1e-5), exact_norm(x, w), relative)
+        normed, sums = kernels.add_rms_norm(x, y, w, 1e-5)
+        assert torch.equal(sums, x + y)
+        near(normed, exact_norm(x + y, w), relative)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize(("M", "F"), [(1, 1), (3, 17), (40, 3000)])
+def test_gated_activation(kernels, device, kind, M, F):
+    wide = (torch.randn(M, 2 * F + 5, device=device) * 4).bfloat16()
+    gate_up = wide[:, 3 : 3 + 2 * F]
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    near(kernels.gated_activation(gate_up, kind), exact_activation(gate, kind) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("V", [1, 1000, 4097] if INTERPRETED else [1, 1000, 4097, 128256, 262144])
+def test_best_token_is_the_first_of_the_largest(kernels, device, V, dtype):
+    logits = torch.randn(9, V, device=device).to(dtype)
+    at = torch.randint(V, (9,), device=device)
+    logits[torch.arange(9, device=device), at] = 100.0
+    logits[3, V // 2] = logits[3, -1] = 200.0
+    best, token = kernels.best_token(logits)
+    at[3] = V // 2
+    assert torch.equal(token, at)
+    assert torch.equal(best, logits.float().amax(-1))
+    logits[1, V // 3] = torch.nan
+    logits[2] = -torch.inf
+    best, token = kernels.best_token(logits)
+    assert best.isfinite().tolist() == [True, False, False] + [True] * 6
+    assert int(token[2]) == 0

@@ -1,0 +1,79 @@
+"""Products of every row count and odd shapes against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.gpu.conftest import INTERPRETED
+
+pytestmark = pytest.mark.gpu
+SHAPES = [(96, 64), (65, 72), (256, 320)] if INTERPRETED else [(96, 64), (65, 72), (4096, 4096), (1000, 5000), (33, 24)]
+ROWS = (1, 2, 7, 16, 17, 33) if INTERPRETED else (1, 2, 7, 16, 17, 32, 33, 48, 64, 65, 200)
+
+
+def exact_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "silu":
+        return x / (1 + torch.exp(-x))
+    if kind == "gelu":
+        return x * 0.5 * torch.special.erfc(-x / math.sqrt(2))
+    if kind == "gelu_tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return x.clamp(min=0)
+
+
+def near(y: torch.Tensor, exact: torch.Tensor, relative: float = 4e-3) -> None:
+    """‖y − exact‖ ≤ relative · ‖exact‖, and no element astray; NaN never passes."""
+    assert y.shape == exact.shape
+    error = (y.double() - exact).norm() / exact.norm().clamp(min=1e-30)
+    assert float(error) <= relative, float(error)
+    scale = exact.abs().amax() + 1e-30
+    assert float((y.double() - exact).abs().amax() / scale) <= 4 * relative
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_linear(kernels, device, rows, N, K, dtype):
+    x = torch.randn(rows, K, device=device).to(dtype)
+    w = torch.randn(N, K, device=device).to(dtype)
+    bias = torch.randn(N, device=device)
+    exact = x.double() @ w.double().T
+    tolerance = 1e-6 if dtype is torch.float32 else 4e-3
+    for _ in range(2):  # the second time on what the first left behind
+        near(kernels.pack_linear(w, None)(x), exact, tolerance)
+    near(kernels.pack_linear(w, bias)(x), exact + bias.double(), tolerance)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_gated_linear(kernels, device, rows, kind):
+    for F, K in [(40, 72), (128, 96)] if INTERPRETED else [(40, 72), (11008, 4096), (3072, 1024)]:
+        x = torch.randn(rows, K, device=device).bfloat16()
+        w = torch.randn(2 * F, K, device=device).bfloat16() / K**0.5
+        bias = torch.randn(2 * F, device=device)
+        for b in (None, bias):
+            gate, up = (x.double() @ w.double().T + (0 if b is None else b.double())).chunk(2, dim=-1)
+            y = kernels.gated_linear(kernels.pack_linear(w, b), x, kind)
+            near(y, exact_activation(gate, kind) * up, 8e-3)
+
+
+def test_rows_of_a_wider_tensor(kernels, device):
+    wide = torch.randn(5, 300, device=device).bfloat16()
+    w = torch.randn(70, 128, device=device).bfloat16()
+    linear = kernels.pack_linear(w, None)
+    for rows in (1, 5):
+        x = wide[:rows, 16:144]
+        near(linear(x), x.double() @ w.double().T)
+
+
+def test_split_sums_are_the_same_bits_every_time(kernels, device):
+    w = torch.randn(256, 2048, device=device).bfloat16()
+    linear = kernels.pack_linear(w, None)
+    for rows in (1, 4, 32):
+        x = torch.randn(rows, 2048, device=device).bfloat16()
+        first = linear(x)
+        for _ in range(2 if INTERPRETED else 50):
+            assert torch.equal(linear(x), first)
