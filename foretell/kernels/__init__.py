@@ -14,7 +14,8 @@ __all__ = ["Kernels", "get_kernels"]
 
 
 def get_kernels(name: str = "auto", *, device: str = "cpu", batch_invariant: bool = False) -> Kernels:
-    """The backend called ``name``; "auto" takes the C++ one on a CPU that can build it, else reference.
+    """The backend called ``name``; "auto" takes the C++ one on a CPU that can build it, Triton's on a GPU where
+    triton is installed, else reference.
 
     FORETELL_KERNELS overrides "auto". A reference backend chosen for want of a better one says why in
     its ``reason``. ``batch_invariant``: a row's result may not depend on the rows beside it.
@@ -23,6 +24,14 @@ def get_kernels(name: str = "auto", *, device: str = "cpu", batch_invariant: boo
         name = os.environ.get("FORETELL_KERNELS") or "auto"
     if name == "reference":
         return ReferenceKernels()
+    if name == "cuda" or (name == "auto" and device == "cuda"):
+        try:
+            from foretell.kernels.cuda import CudaKernels
+        except ImportError as error:  # triton comes with torch's CUDA builds
+            if name == "cuda":
+                raise ConfigError(f"the cuda kernels cannot be used: {error}") from error
+            return ReferenceKernels(str(error))
+        return CudaKernels(batch_invariant)
     if name == "auto" and device != "cpu":
         return ReferenceKernels(f"the C++ kernels run on the CPU, not on {device}")
     if name in ("auto", "cpu"):
@@ -32,4 +41,4 @@ def get_kernels(name: str = "auto", *, device: str = "cpu", batch_invariant: boo
             if name == "cpu":
                 raise ConfigError(f"the cpu kernels cannot be used: {error}") from error
             return ReferenceKernels(str(error))
-    raise ConfigError(f"no kernel backend is called {name!r}: choose auto, cpu or reference")
+    raise ConfigError(f"no kernel backend is called {name!r}: choose auto, cuda, cpu or reference")

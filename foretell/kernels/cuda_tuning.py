@@ -51,7 +51,7 @@ def power_of_two(n: int, at_least: int = 1) -> int:
 def one_row(N: int, K: int, gated: bool, multiprocessors: int) -> OneRow:
     block_k = min(power_of_two(K, 16), 1024)
     block_n = 8 if not gated else 4
-    while block_n > 1 and N < block_n * 2 * multiprocessors:
+    while block_n > 1 and block_n * 2 * multiprocessors > N:
         block_n //= 2
     return OneRow(block_n, block_k, 4)
 
@@ -66,7 +66,7 @@ def few_rows(M: int, N: int, K: int, gated: bool, multiprocessors: int) -> FewRo
     block_k = min(block_k, power_of_two(K, 16))
     splits = 1
     tiles = -(-N // block_n)
-    while tiles * splits < 2 * multiprocessors and splits < 8 and K >= block_k * 4 * splits:
+    while tiles * splits < 2 * multiprocessors and splits < 8 and block_k * 4 * splits <= K:
         splits *= 2
     return FewRows(block_m, block_n, block_k, splits, 4, 4, False, 256)
 

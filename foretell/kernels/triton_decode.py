@@ -5,6 +5,7 @@ split over SPLITS programs (Dao et al. 2023, "Flash-Decoding"); each program der
 length on the device, so one captured graph serves all lengths. The last to arrive merges the parts in order.
 """
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
 import triton
@@ -109,9 +110,7 @@ def decode_attention(
                 seen = seen & (key >= first)
                 block = tl.where(seen, block, 0)
             places = block * per_block + (group * BLOCK_SIZE + key % BLOCK_SIZE) * D
-            k = tl.load(
-                k_cache_ptr + places[None, :] + d[:, None], mask=seen[None, :] & (d < D)[:, None], other=0.0
-            )
+            k = tl.load(k_cache_ptr + places[None, :] + d[:, None], mask=seen[None, :] & (d < D)[:, None], other=0.0)
             scores = tl.dot(q, k.to(q.dtype), input_precision=EXACT) * (scale * 1.4426950408889634)
             scores = tl.where(seen[None, :], scores, float("-inf"))
             highest = tl.maximum(m, tl.max(scores, axis=1))
@@ -119,9 +118,7 @@ def decode_attention(
             safe = tl.where(highest == float("-inf"), 0.0, highest)
             p = tl.exp2(scores - safe[:, None])
             keep = tl.exp2(m - safe)
-            v = tl.load(
-                v_cache_ptr + places[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0
-            )
+            v = tl.load(v_cache_ptr + places[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
             l = l * keep + tl.sum(p, axis=1)  # noqa: E741
             total = tl.dot(p.to(q.dtype), v.to(q.dtype), total * keep[:, None], input_precision=EXACT)
             m = highest

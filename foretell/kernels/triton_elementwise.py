@@ -1,5 +1,6 @@
-"""What stands between the products: norms with the residual sum, gated activations, heads on their way to the cache."""
+"""What stands between the products: norms with the residual sum, gated activations, heads to the cache."""
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
 import triton
@@ -49,8 +50,8 @@ def gated_activation(
 def place_heads(
     qkv_ptr, stride_m, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps,
     k_cache_ptr, v_cache_ptr, slots_ptr, H, G,
-    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token and BLOCK_HEADS of its H + 2G heads: q and k normed (NORM) and rotated in place (first 2R dims),
     k and v stored at the token's slot in the cache [blocks, G, BLOCK_SIZE, D]. Slots below 0 are not written."""

@@ -5,6 +5,7 @@ chunk; ``fresh_prefill`` reads them where the projection left them, for chunks w
 then come through the copy engine, without address arithmetic.
 """
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
 import triton
@@ -15,8 +16,8 @@ from foretell.kernels.triton_common import let_next_start, wait_for_inputs
 
 @triton.jit
 def _tile_of(starts_ptr, S, wanted, ROWS: tl.constexpr, BLOCK_S: tl.constexpr):
-    """The sequence and the tile in it that a program works on, tiles of ROWS tokens: (sequence, tile, tiles), the
-    last tiles of a sequence, which see the most keys, first. Sequence ≥ S: nothing left to do."""
+    """The sequence and the tile in it that a program works on, tiles of ROWS tokens: (sequence, tile), the last
+    tiles of a sequence, which see the most keys, first. Sequence ≥ S: nothing left to do."""
     s = tl.arange(0, BLOCK_S)
     begin = tl.load(starts_ptr + s, mask=s < S, other=0)
     end = tl.load(starts_ptr + s + 1, mask=s < S, other=0)
@@ -26,7 +27,7 @@ def _tile_of(starts_ptr, S, wanted, ROWS: tl.constexpr, BLOCK_S: tl.constexpr):
     mine = s == seq
     count = tl.sum(tl.where(mine, tiles, 0), axis=0)
     before = tl.sum(tl.where(mine, until - tiles, 0), axis=0)
-    return seq, count - 1 - (wanted - before), count
+    return seq, count - 1 - (wanted - before)
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def paged_prefill(
     let_next_start(PDL)
     wait_for_inputs(PDL)
     ROWS: tl.constexpr = BLOCK_M // PACK
-    seq, tile, count = _tile_of(starts_ptr, S, tl.program_id(0), ROWS, BLOCK_S)
+    seq, tile = _tile_of(starts_ptr, S, tl.program_id(0), ROWS, BLOCK_S)
     if seq < S:
         head = tl.program_id(1) * PACK
         group = head // SHARE
@@ -98,18 +99,14 @@ def paged_prefill(
             held = (key < last) & (key >= first)
             block = tl.where(held, tl.load(table + key // BLOCK_SIZE, mask=held, other=0), 0).to(tl.int64)
             places = block * per_block + (group * BLOCK_SIZE + key % BLOCK_SIZE) * D
-            k = tl.load(
-                k_cache_ptr + places[None, :] + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0.0
-            )
+            k = tl.load(k_cache_ptr + places[None, :] + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0.0)
             scores = tl.dot(q, k.to(q.dtype), input_precision=EXACT) * (scale * 1.4426950408889634)
             seen = key[None, :] <= position[:, None]
             if WINDOW:
                 seen = seen & (key[None, :] > position[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
             p, keep, m, l = _softmax_step(scores, m, l)  # noqa: E741
-            v = tl.load(
-                v_cache_ptr + places[:, None] + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0.0
-            )
+            v = tl.load(v_cache_ptr + places[:, None] + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0.0)
             total = tl.dot(p.to(q.dtype), v.to(q.dtype), total * keep[:, None], input_precision=EXACT)
         out_at = out_ptr + (at * H * D + (head + row % PACK) * D)[:, None] + d[None, :]
         tl.store(out_at, (total / l[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
@@ -126,7 +123,7 @@ def fresh_prefill(
     position 0, so the keys of a chunk are its own. D a power of 2."""
     let_next_start(PDL)
     wait_for_inputs(PDL)
-    seq, tile, count = _tile_of(starts_ptr, S, tl.program_id(0), BLOCK_M, BLOCK_S)
+    seq, tile = _tile_of(starts_ptr, S, tl.program_id(0), BLOCK_M, BLOCK_S)
     if seq < S:
         head = tl.program_id(1)
         begin, end = tl.load(starts_ptr + seq), tl.load(starts_ptr + seq + 1)

@@ -28,8 +28,8 @@ def kernels(device):
     return CudaKernels()
 
 
-@pytest.fixture(autouse=True)
-def _poison():
+@pytest.fixture
+def poison():
     """In this mode torch.empty returns NaN: an element that a kernel forgets shows."""
     torch.use_deterministic_algorithms(True)
     yield

@@ -1,4 +1,4 @@
-"""Decode and prefill attention, with all that goes before it, against float64; NaN in every slot that nothing may read."""
+"""Decode and prefill attention with all that goes before it, against float64; NaN in every slot nothing may read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from foretell.kernels.base import BatchContext, HeadNorms, KVGroupView, KVLayer
 from tests.gpu.conftest import INTERPRETED
 from tests.gpu.test_linear import near
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 EPS = 1e-6
 LONG = 40 if INTERPRETED else 5000
 
 
 @dataclass
 class Case:
-    """Sequences of these lengths, of which the last ``queries`` tokens are new. What the kernels shall do is done here
-    in float64 with one token after the other."""
+    """Sequences of these lengths, of which the last ``queries`` tokens are new."""
 
     lengths: list[int]
     queries: list[int]
@@ -77,9 +76,7 @@ class Case:
     def run(self, kernels) -> Tensor:
         heads = self.qkv.to(self.device, copy=True).view(len(self.qkv), -1, self.D)
         q, k, v = heads.split([self.H, self.G, self.G], dim=1)
-        return kernels.attend(
-            q, k, v, self.head_norms, self.rotation, self.kv, self.context, self.scale, self.window
-        )
+        return kernels.attend(q, k, v, self.head_norms, self.rotation, self.kv, self.context, self.scale, self.window)
 
     def placed(self, heads: Tensor, weight: Tensor | None) -> Tensor:
         """Heads [M, n, D] normed and rotated, rounded to the dtype after each."""

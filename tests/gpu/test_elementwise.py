@@ -8,7 +8,7 @@ import torch
 from tests.gpu.conftest import INTERPRETED
 from tests.gpu.test_linear import exact_activation, near
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 WIDTHS = (1, 17, 256) if INTERPRETED else (1, 17, 576, 1152, 4096, 8192, 10000)
 
 

@@ -9,8 +9,10 @@ import torch
 
 from tests.gpu.conftest import INTERPRETED
 
-pytestmark = pytest.mark.gpu
-SHAPES = [(96, 64), (65, 72), (256, 320)] if INTERPRETED else [(96, 64), (65, 72), (4096, 4096), (1000, 5000), (33, 24)]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+SHAPES = (
+    [(96, 64), (65, 72), (256, 320)] if INTERPRETED else [(96, 64), (65, 72), (4096, 4096), (1000, 5000), (33, 24)]
+)
 ROWS = (1, 2, 7, 16, 17, 33) if INTERPRETED else (1, 2, 7, 16, 17, 32, 33, 48, 64, 65, 200)
 
 

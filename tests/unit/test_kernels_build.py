@@ -85,7 +85,7 @@ def test_the_environment_forces_the_reference(monkeypatch):
 
 
 def test_unknown_name():
-    with pytest.raises(ConfigError, match="choose auto, cpu or reference"):
+    with pytest.raises(ConfigError, match="choose auto, cuda, cpu or reference"):
         get_kernels("cuda3")
 
 
