@@ -122,6 +122,11 @@ class Tracking:
             tracker.open = 0
             tell(tracker, Update(tracker.output, error=error()))
 
+    def end_all(self, error: Callable[[], BaseException]) -> None:
+        """Take everything from a living engine, with an error for each caller."""
+        for tracker in {id(t): t for t in self._owners.values()}.values():
+            self.fail(tracker, error())
+
     def _close(self, tracker: Tracker) -> list[int]:
         """Take its open outputs from the engine; their ids."""
         ids = range(tracker.first_id, tracker.first_id + tracker.params.n) if tracker.open else ()

@@ -13,6 +13,7 @@ from foretell.cli.inspect import inspect
 from foretell.cli.models import models
 from foretell.cli.run import run
 from foretell.cli.run_batch import run_batch
+from foretell.cli.serve import serve
 from foretell.cli.version import show_version, version_option
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ def foretell(
 
       foretell run "Why is the sky blue?"    fetch the default model and answer
       foretell chat                          talk with it
+      foretell serve                         serve it to OpenAI's and Anthropic's clients
       foretell inspect smollm2-135m          what the model is and what it costs
       foretell models                        what else can be run
     """
@@ -44,6 +46,7 @@ def foretell(
 
 app.command("run")(guarded(run))
 app.command("chat")(guarded(chat))
+app.command("serve")(guarded(serve))
 app.command("models")(guarded(models))
 app.command("inspect")(guarded(inspect))
 app.command("run-batch")(guarded(run_batch))

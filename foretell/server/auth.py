@@ -6,7 +6,7 @@ import hmac
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from foretell.server.config import is_loopback
+from foretell.server.config import is_address, is_loopback
 from foretell.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def _authorize_admin(headers: Mapping[str, str], config: ServerConfig) -> None:
 def _check_host(host: str, config: ServerConfig) -> None:
     """Against DNS rebinding: a browser sends the name of the page's own server."""
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() and not host.endswith("]") else host
+    if config.allow_anyone and is_address(name):  # what a web page would send is the name it came from
+        return
     if not (is_loopback(name) or name in config.allowed_hosts or host in config.allowed_hosts):
         raise ApiError(
             403, "this server has no API key and answers local names only: use 127.0.0.1", code="host_not_allowed"

@@ -16,7 +16,8 @@ class ServerConfig:
     """Frozen and checked once. Lengths are in the unit their name says; ConfigError names what is wrong.
 
     Without ``api_keys`` the server listens on loopback only and answers only requests whose Host header is a
-    loopback name (or one of ``allowed_hosts``), so that no web page can reach it through a name of its own.
+    loopback name (or one of ``allowed_hosts``), so that no web page can reach it through a name of its own;
+    with ``allow_anyone`` it may listen elsewhere and answers to addresses as well.
     ``admin_api_keys`` open the admin routes; if there are none, ``api_keys`` do; if there are none either, nobody.
     """
 
@@ -25,6 +26,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()
     admin_api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    allow_anyone: bool = False  # to listen beyond loopback without a key
     served_model_names: tuple[str, ...] = ()  # empty: the name the engine was started with
 
     embedding_pooling: Literal["mean", "last"] = "mean"  # of the hidden states
@@ -65,7 +67,7 @@ class ServerConfig:
                 )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
-        if not self.api_keys and not is_loopback(self.host):
+        if not (self.api_keys or self.allow_anyone or is_loopback(self.host)):
             raise ConfigError(
                 f"listening on {self.host} without a key would let anyone in: give an API key, or listen on 127.0.0.1"
             )
@@ -77,6 +79,15 @@ class ServerConfig:
             raise ConfigError("stored_responses and stored_response_bytes must not be below 0")
         if self.default_timeout_seconds is not None and self.default_timeout_seconds > self.max_timeout_seconds:
             raise ConfigError("default_timeout_seconds is larger than max_timeout_seconds")
+
+
+def is_address(host: str) -> bool:
+    """Whether it is an IP address rather than a name."""
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

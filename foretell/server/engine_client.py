@@ -97,6 +97,11 @@ class EngineClient:
         """Take no more requests; those under way go on."""
         self._draining = True
 
+    def end_all(self, reason: str) -> None:
+        """Requests under way end with UnavailableError."""
+        self._draining = True
+        self._tracking.end_all(lambda: UnavailableError(reason))
+
     async def close(self, grace_seconds: float = 5.0) -> None:
         """End the engine process; requests under way hear of it."""
         self._draining = True

@@ -1,0 +1,170 @@
+"""``foretell serve``: OpenAI's and Anthropic's interfaces over one model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foretell.cli import options as o
+from foretell.errors import ConfigError
+from foretell.store.aliases import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from foretell.server.config import ServerConfig
+
+_SERVER, _LIMITS = "Server", "Limits"
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Alias, folder, .gguf file, repository id or wheel.")] = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", "-p", min=0, max=65535, help="0 takes a free one.", rich_help_panel=_SERVER)
+    ] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            envvar="FORETELL_API_KEY",
+            show_envvar=True,
+            help="Clients must send it; may be repeated. Others can see it in the process list: prefer the file.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with one API key per line.", rich_help_panel=_SERVER)
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option(help="Keys for the admin routes; else the API keys open them.", rich_help_panel=_SERVER)
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name that clients use for the model; may be repeated.", rich_help_panel=_SERVER),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Host name that is answered to without a key; may be repeated.", rich_help_panel=_SERVER),
+    ] = None,
+    allow_anyone: Annotated[
+        bool,
+        typer.Option("--allow-anyone", help="Listen beyond this machine without a key.", rich_help_panel=_SERVER),
+    ] = False,
+    drain_seconds: Annotated[
+        float,
+        typer.Option(min=0, help="Time for requests under way after SIGTERM or Ctrl-C.", rich_help_panel=_SERVER),
+    ] = 30.0,
+    max_queue: Annotated[
+        int,
+        typer.Option(min=1, help="Unfinished outputs, running ones included; more get 429.", rich_help_panel=_LIMITS),
+    ] = 1024,
+    timeout_seconds: Annotated[
+        float, typer.Option(min=0.001, help="Most that a request may take.", rich_help_panel=_LIMITS)
+    ] = 600.0,
+    max_body_bytes: Annotated[
+        int,
+        typer.Option(parser=o.parse_bytes, metavar="SIZE", help="Largest request body.", rich_help_panel=_LIMITS),
+    ] = "4MiB",  # type: ignore[assignment]  # the parser's input, as for every option
+    max_prompt_chars: Annotated[
+        int, typer.Option(min=1, help="Longest prompt or conversation.", rich_help_panel=_LIMITS)
+    ] = 1_000_000,
+    max_n: Annotated[int, typer.Option(min=1, help="Most outputs of one prompt.", rich_help_panel=_LIMITS)] = 16,
+    max_logprobs: Annotated[
+        int, typer.Option(min=1, help="Most alternatives per token.", rich_help_panel=_LIMITS)
+    ] = 20,
+    stall_seconds: Annotated[
+        float,
+        typer.Option(min=1, help="Health turns red after so long a silence of the engine.", rich_help_panel=_LIMITS),
+    ] = 30.0,
+    hang_seconds: Annotated[
+        float, typer.Option(min=1, help="A silent engine is restarted after so long.", rich_help_panel=_LIMITS)
+    ] = 300.0,
+    dtype: o.Dtype = "auto",
+    max_model_len: o.MaxModelLen = None,
+    kv_cache_bytes: o.KVCacheBytes = None,
+    max_num_seqs: o.MaxNumSeqs = 64,
+    max_num_batched_tokens: o.MaxBatchedTokens = 2048,
+    policy: o.Policy = "mixed",
+    threads: o.Threads = None,
+    kernels: o.KernelsName = "auto",
+    load_format: o.Format = "auto",
+    tp: o.TP = 1,
+    pp: o.PP = 1,
+    step_log: Annotated[
+        Path | None, typer.Option(help="Append a JSON line per step to this file.", rich_help_panel="Engine")
+    ] = None,
+    offline: o.Offline = False,
+) -> None:
+    """Serve a model over HTTP, to OpenAI's and Anthropic's clients.
+
+    The engine runs in a process of its own, which is restarted should it die. Ctrl-C or SIGTERM lets the requests
+    under way finish; a second one ends at once.
+
+    [bold]Examples[/bold]
+
+      foretell serve
+      foretell serve gemma3-270m --port 8080 --max-num-seqs 32
+      foretell serve ./my-model --host 0.0.0.0 --api-key-file keys.txt
+      curl http://127.0.0.1:8000/v1/models
+    """
+    from foretell.assembly import EngineOptions
+    from foretell.server.config import ServerConfig
+    from foretell.store import resolve
+
+    config = ServerConfig(
+        host=host,
+        port=port,
+        api_keys=(*_nonempty(api_key), *_keys(api_key_file)),
+        admin_api_keys=_keys(admin_key_file),
+        allowed_hosts=tuple(allowed_host or ()),
+        allow_anyone=allow_anyone,
+        served_model_names=tuple(served_model_name or ()) or (model,),
+        max_queue=max_queue,
+        default_timeout_seconds=timeout_seconds,
+        max_timeout_seconds=timeout_seconds,
+        max_body_bytes=max_body_bytes,
+        max_prompt_chars=max_prompt_chars,
+        max_n=max_n,
+        max_logprobs=max_logprobs,
+    )
+    engine = EngineOptions(
+        model=model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, policy=policy,
+        num_threads=threads, kernels=kernels, load_format=load_format, tp=tp, pp=pp, step_log=step_log,
+        offline=offline or None,
+    )  # fmt: skip
+    resolve(model, offline=offline or None)  # with its download bar, and before anything else is loaded
+    from foretell.cli.serve_report import StartReport
+    from foretell.server.run import serve as serve_until_told
+    from foretell.server.supervisor import Watch
+
+    report = StartReport(model, config)
+    status = serve_until_told(
+        engine,
+        config,
+        drain_seconds=drain_seconds,
+        watch=Watch(stall_seconds=stall_seconds, hang_seconds=max(stall_seconds, hang_seconds)),
+        on_phase=report.phase,
+        on_ready=report.ready,
+    )
+    sys.stdout.flush()
+    raise typer.Exit(status)
+
+
+def _keys(path: Path | None) -> tuple[str, ...]:
+    """The lines of a key file; ConfigError if it cannot be read or holds none."""
+    if path is None:
+        return ()
+    try:
+        keys = _nonempty(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the key file {path} cannot be read: {error}") from None
+    if not keys:
+        raise ConfigError(f"the key file {path} is empty: put one key on each line")
+    return keys
+
+
+def _nonempty(lines: list[str] | None) -> tuple[str, ...]:
+    return tuple(line.strip() for line in lines or () if line.strip())

@@ -1,0 +1,70 @@
+"""What ``foretell serve`` shows: the start as it goes on, then what is served, how much fits, and where."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from foretell.cli import units
+
+if TYPE_CHECKING:
+    from foretell.server.config import ServerConfig
+    from foretell.server.engine_client import EngineClient
+
+
+class StartReport:
+    """On stderr. On a terminal a spinner names the phase that was done last; elsewhere nothing until it is ready."""
+
+    def __init__(self, model: str, config: ServerConfig) -> None:
+        self._model = model
+        self._config = config
+        self._started = time.perf_counter()
+        self._phases: list[str] = []
+        self._status: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status(f"starting {model} …", refresh_per_second=4)
+            self._status.start()
+        logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+
+    def phase(self, name: str, seconds: float) -> None:
+        """A phase of the engine's start is done."""
+        self._phases.append(f"{name} {seconds:.2f}")
+        if self._status is not None:
+            self._status.update(f"starting {self._model} … {', '.join(self._phases)}")
+
+    def ready(self, client: EngineClient, url: str) -> None:
+        """The whole report, once."""
+        from rich.console import Console
+        from rich.table import Table
+
+        if self._status is not None:
+            self._status.stop()
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self._lines(client, url):
+            table.add_row(name, value)
+        Console(stderr=True, highlight=False).print(table)
+        self._phases.clear()
+
+    def _lines(self, client: EngineClient, url: str) -> list[tuple[str, str]]:
+        ready, config = client.ready, self._config
+        at_full_length = ready.kv_tokens / ready.max_tokens_per_request
+        phases = ", ".join(p for p in self._phases if not p.endswith("0.00"))
+        weights = f"{ready.weight_format}, {units.binary_bytes(ready.weight_bytes)}, {ready.kernels} kernels"
+        keys = f"{len(config.api_keys)} API key(s)" if config.api_keys else "no key needed"
+        reach = "from this machine only" if url.startswith(("http://127.", "http://[::1]")) else f"host {config.host}"
+        return [
+            ("model", f"{', '.join(config.served_model_names)}  [dim]context {ready.max_tokens_per_request:,} tokens[/dim]"),
+            ("weights", weights),
+            ("KV cache", f"{units.binary_bytes(ready.kv_bytes)}, {ready.dtype}: {ready.kv_tokens:,} tokens, "
+                         f"or {at_full_length:.1f} sequences of full length; up to {ready.max_num_seqs} run at once"),
+            ("limits", f"{config.max_queue} unfinished outputs, {config.default_timeout_seconds:g} s per request, "
+                       f"bodies of {units.binary_bytes(config.max_body_bytes)}"),
+            ("start-up", f"{time.perf_counter() - self._started:.2f} s  [dim]{phases}[/dim]"),
+            ("URL", f"[bold]{url}/v1[/bold]  [dim]{keys}, {reach}; Ctrl-C ends it[/dim]"),
+        ]  # fmt: skip

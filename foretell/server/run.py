@@ -1,0 +1,162 @@
+"""A server from its first line to its exit status: bind, start the engine, serve, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from foretell.errors import ConfigError
+from foretell.server.app import create_app
+from foretell.server.engine_client import EngineClient
+
+if TYPE_CHECKING:
+    from foretell.assembly import EngineOptions
+    from foretell.server.config import ServerConfig
+    from foretell.server.supervisor import Watch
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75  # longer than the 60 of common proxies, which would else meet closed connections
+LAST_WORDS_SECONDS = 2.0  # after the drain's end, for errors to reach their clients
+
+OnPhase = Callable[[str, float], None]
+OnReady = Callable[[EngineClient, str], None]  # the engine, and the URL that is listened on
+
+
+def serve(
+    options: EngineOptions,
+    config: ServerConfig,
+    *,
+    drain_seconds: float = 30.0,
+    watch: Watch | None = None,
+    on_phase: OnPhase = lambda name, seconds: None,
+    on_ready: OnReady = lambda client, url: None,
+    **client_options: Any,
+) -> int:
+    """Serve until a signal ends it; returns the exit status. ForetellError if it cannot start."""
+    with listen(config.host, config.port) as listener:
+        client = EngineClient(options, max_queue=config.max_queue, watch=watch, **client_options)
+        server = Server(client, config, listener, drain_seconds)
+        return _run(server.run(on_phase, on_ready))
+
+
+def _run(main: Any) -> int:
+    try:
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(main)  # type: ignore[no-any-return]
+    except ImportError:  # Windows
+        return asyncio.run(main)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def listen(host: str, port: int) -> Iterator[socket.socket]:
+    """A bound socket; nobody can connect before the server listens. ConfigError if there is no such place."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}: {error.strerror or error}: give another --host") from None
+    listener = socket.socket(family, kind, protocol)
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            advice = {
+                errno.EADDRINUSE: "something listens there already: stop it or give another --port",
+                errno.EACCES: "ports below 1024 are reserved: give another --port",
+            }.get(error.errno, f"{os.strerror(error.errno)}: give another --host")
+            raise ConfigError(f"cannot listen on {host}:{port}: {advice}") from None
+        yield listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Server:
+    """Signals, in order: the first drains (requests under way have ``drain_seconds``), the second ends at once."""
+
+    def __init__(
+        self, client: EngineClient, config: ServerConfig, listener: socket.socket, drain_seconds: float
+    ) -> None:
+        self.client = client
+        self.config = config
+        self.listener = listener
+        self.drain_seconds = drain_seconds
+        self._http: _Uvicorn | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._signal: int | None = None
+
+    async def run(self, on_phase: OnPhase, on_ready: OnReady) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            self._starting = asyncio.create_task(self.client.start(on_phase))
+            try:
+                await self._starting
+            except asyncio.CancelledError:
+                if self._signal is None:
+                    raise
+                return 128 + self._signal  # told to stop while it started
+            on_ready(self.client, url_of(self.listener))
+            await self._serve()
+            return 0 if self._http is None or not self._http.force_exit else 128 + (self._signal or 0)
+        finally:
+            forced = self._http is not None and self._http.force_exit
+            await self.client.close(grace_seconds=0.0 if forced else 5.0)
+
+    async def _serve(self) -> None:
+        app = create_app(self.client, self.config)
+        self._http = _Uvicorn(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=int(self.drain_seconds + LAST_WORDS_SECONDS) + 1,
+            )
+        )
+        gc.collect()
+        gc.freeze()  # modules and the tokenizer stay: the collector need not look at them again
+        await self._http.serve(sockets=[self.listener])
+
+    def _on_signal(self, number: int) -> None:
+        first, self._signal = self._signal is None, self._signal or number
+        if self._http is None:
+            if self._starting is not None:
+                self._starting.cancel()
+        elif first:
+            self._http.should_exit = True
+            self.client.drain()
+            asyncio.get_running_loop().call_later(self.drain_seconds, self.client.end_all, "the server is shutting down")
+        else:
+            self._http.force_exit = True
+            self.client.end_all("the server was told to end at once")
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
