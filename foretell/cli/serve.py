@@ -13,7 +13,7 @@ from foretell.errors import ConfigError
 from foretell.store.aliases import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from foretell.server.config import ServerConfig
+    pass
 
 _SERVER, _LIMITS = "Server", "Limits"
 
@@ -38,7 +38,8 @@ def serve(
         Path | None, typer.Option(help="File with one API key per line.", rich_help_panel=_SERVER)
     ] = None,
     admin_key_file: Annotated[
-        Path | None, typer.Option(help="Keys for the admin routes; else the API keys open them.", rich_help_panel=_SERVER)
+        Path | None,
+        typer.Option(help="Keys for the admin routes; else the API keys open them.", rich_help_panel=_SERVER),
     ] = None,
     served_model_name: Annotated[
         list[str] | None,

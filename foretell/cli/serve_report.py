@@ -57,9 +57,10 @@ class StartReport:
         phases = ", ".join(p for p in self._phases if not p.endswith("0.00"))
         weights = f"{ready.weight_format}, {units.binary_bytes(ready.weight_bytes)}, {ready.kernels} kernels"
         keys = f"{len(config.api_keys)} API key(s)" if config.api_keys else "no key needed"
+        names = ", ".join(config.served_model_names)
         reach = "from this machine only" if url.startswith(("http://127.", "http://[::1]")) else f"host {config.host}"
         return [
-            ("model", f"{', '.join(config.served_model_names)}  [dim]context {ready.max_tokens_per_request:,} tokens[/dim]"),
+            ("model", f"{names}  [dim]context {ready.max_tokens_per_request:,} tokens[/dim]"),
             ("weights", weights),
             ("KV cache", f"{units.binary_bytes(ready.kv_bytes)}, {ready.dtype}: {ready.kv_tokens:,} tokens, "
                          f"or {at_full_length:.1f} sequences of full length; up to {ready.max_num_seqs} run at once"),

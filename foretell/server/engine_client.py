@@ -75,9 +75,12 @@ class EngineClient:
     async def start(self, on_phase: Callable[[str, float], None] = lambda name, seconds: None) -> None:
         """Start the engine and wait until it is ready. ForetellError with the reason if it cannot be."""
         self._listener.on_phase = on_phase
-        self.tokenizer = await asyncio.to_thread(self._load_tokenizer)
-        ready = self.ready = await self.supervisor.start()
-        self._tracking.tokenizer = self.tokenizer
+        files = await asyncio.to_thread(resolve, self.options.model, offline=self.options.offline)
+        loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, files))  # while the engine loads its weights
+        try:
+            ready = self.ready = await self.supervisor.start()
+        finally:
+            self.tokenizer = self._tracking.tokenizer = await loading
         spec, element_bytes = ready.spec, ready.kv_element_bytes
         if spec is not None:
             self._tracking.kv_bytes = lambda tokens: kv_bytes(spec, tokens, element_bytes)
@@ -89,9 +92,6 @@ class EngineClient:
             dtype=ready.dtype,
             created=int(time.time()),
         )
-
-    def _load_tokenizer(self) -> Tokenizer | None:
-        return load_tokenizer(resolve(self.options.model, offline=self.options.offline))
 
     def drain(self) -> None:
         """Take no more requests; those under way go on."""

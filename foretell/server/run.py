@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import gc
-import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -26,6 +25,11 @@ if TYPE_CHECKING:
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75  # longer than the 60 of common proxies, which would else meet closed connections
 LAST_WORDS_SECONDS = 2.0  # after the drain's end, for errors to reach their clients
+
+_ADVICE = {
+    errno.EADDRINUSE: "something listens there already: stop it or give another --port",
+    errno.EACCES: "ports below 1024 are reserved: give another --port",
+}
 
 OnPhase = Callable[[str, float], None]
 OnReady = Callable[[EngineClient, str], None]  # the engine, and the URL that is listened on
@@ -73,12 +77,13 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         try:
             listener.bind(address)
         except OSError as error:
-            advice = {
-                errno.EADDRINUSE: "something listens there already: stop it or give another --port",
-                errno.EACCES: "ports below 1024 are reserved: give another --port",
-            }.get(error.errno, f"{os.strerror(error.errno)}: give another --host")
-            raise ConfigError(f"cannot listen on {host}:{port}: {advice}") from None
+            raise _cannot_listen(host, port, error) from None
         yield listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    advice = _ADVICE.get(error.errno or 0, f"{error.strerror}: give another --host")
+    return ConfigError(f"cannot listen on {host}:{port}: {advice}")
 
 
 def url_of(listener: socket.socket) -> str:
@@ -112,6 +117,10 @@ class Server:
                 if self._signal is None:
                     raise
                 return 128 + self._signal  # told to stop while it started
+            try:
+                self.listener.listen(BACKLOG)
+            except OSError as error:  # another server was faster while our engine started
+                raise _cannot_listen(self.config.host, self.config.port, error) from None
             on_ready(self.client, url_of(self.listener))
             await self._serve()
             return 0 if self._http is None or not self._http.force_exit else 128 + (self._signal or 0)
@@ -148,7 +157,9 @@ class Server:
         elif first:
             self._http.should_exit = True
             self.client.drain()
-            asyncio.get_running_loop().call_later(self.drain_seconds, self.client.end_all, "the server is shutting down")
+            asyncio.get_running_loop().call_later(
+                self.drain_seconds, self.client.end_all, "the server is shutting down"
+            )
         else:
             self._http.force_exit = True
             self.client.end_all("the server was told to end at once")
