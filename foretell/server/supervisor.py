@@ -63,6 +63,7 @@ class Supervisor:
         self._listener = listener
         self._command = command
         self._connection: _Connection | None = None
+        self._unreaped: set[_Connection] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> wire.Ready:
@@ -88,7 +89,8 @@ class Supervisor:
             connection.send(wire.Shutdown())
             with suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(connection.lost), grace_seconds)
-            await connection.end()
+        for connection in list(self._unreaped):
+            await self._end(connection)
 
     def send(self, message: wire.Message) -> None:
         """UnavailableError without an engine; WireError for what fits no frame."""
@@ -115,14 +117,19 @@ class Supervisor:
 
     async def _start_one(self) -> tuple[_Connection, wire.Ready]:
         connection = await _connect(self._command, self._listener)
+        self._unreaped.add(connection)
         try:
             connection.send(wire.Start(self.options))
             ready = await connection.ready
         except BaseException:
-            await connection.end()
+            await self._end(connection)
             raise
         self._connection, self.state = connection, "running"
         return connection, ready
+
+    async def _end(self, connection: _Connection) -> None:
+        await connection.end()
+        self._unreaped.discard(connection)
 
     async def _keep_running(self, connection: _Connection) -> None:
         loop = asyncio.get_running_loop()
@@ -132,7 +139,7 @@ class Supervisor:
             reason = await asyncio.shield(connection.lost)
             self._connection, self.state = None, "restarting"
             self._listener.on_down(reason)
-            await connection.end()
+            await self._end(connection)
             log.error("%s (exit status %s); starting another", reason, connection.process.returncode)
             if loop.time() - started > self.watch.good_seconds:
                 pause = 0.0
