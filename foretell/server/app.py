@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import foretell
 from foretell.errors import ForetellError
 from foretell.server.config import ServerConfig
 from foretell.server.context import Server, request_id_of
-from foretell.server.errors import ApiError, error_body, told
+from foretell.server.errors import ApiError, ClientGoneError, error_body, told
 from foretell.server.guard import Guard
 from foretell.server.metered import MeteredEngine
 from foretell.server.metrics import Metrics
@@ -22,7 +23,6 @@ from foretell.server.openapi import document
 from foretell.server.responses import json_response
 from foretell.server.routes import admin, chat, completions, embeddings, health, messages, models, responses, tokenize
 from foretell.server.routes import metrics as metrics_route
-from foretell.server.sse import ClientGoneError
 from foretell.server.story import ObservedEngine, Observer, Storyteller
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def create_app(
         title="foretell",
         version=foretell.__version__,
         summary="OpenAI's and Anthropic's interfaces over one engine",
+        openapi_url=None,  # made aside, below
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -67,6 +68,7 @@ def create_app(
     if observers:
         app.add_middleware(Storyteller, observers=observers, model=app.state.server.model_names[0])
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    app.add_route("/openapi.json", _document, include_in_schema=False)
     return app
 
 
@@ -80,6 +82,11 @@ async def _answer(request: Request, error: Exception) -> Response:
     else:
         api = told(error)
     return json_response(error_body(api, request.url.path, request_id_of(request)), api.status, api.headers)
+
+
+async def _document(request: Request) -> Response:
+    """Making it takes a while, once: in a thread, so that nobody waits."""
+    return json_response(await asyncio.to_thread(document, request.app))
 
 
 async def _nobody(request: Request, error: Exception) -> Response:

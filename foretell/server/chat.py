@@ -93,10 +93,11 @@ def prompt_ids(engine: TextEngine, request: ChatRequest) -> list[int]:
 
 
 async def prompt_ids_aside(engine: TextEngine, request: ChatRequest) -> list[int]:
-    """The same; a long conversation is worked on in a thread, so that others are not held up."""
-    if sum(_chars(message.get("content")) for message in request.messages) <= _THREAD_CHARS and not request.tools:
-        return prompt_ids(engine, request)
-    return await asyncio.to_thread(prompt_ids, engine, request)
+    """The same; what may take long is worked on in a thread, so that others are not held up."""
+    chars = sum(_chars(message.get("content")) for message in request.messages)
+    if chars > _THREAD_CHARS or request.tools or request.template_kwargs:
+        return await asyncio.to_thread(prompt_ids, engine, request)
+    return prompt_ids(engine, request)
 
 
 async def chat_deltas(
@@ -175,4 +176,4 @@ def _template_source(engine: TextEngine) -> str:
 
 
 def _chars(content: object) -> int:
-    return len(content) if isinstance(content, str) else 1024
+    return 256 + len(content) if isinstance(content, str) else 1024

@@ -43,6 +43,10 @@ class ApiError(Exception):
         self.headers = headers or {}
 
 
+class ClientGoneError(Exception):
+    """Nobody is there any more to be answered."""
+
+
 def as_api_error(error: BaseException) -> ApiError | None:
     """What a client is told of ``error``; None for a defect of ours, whose text is nobody's business."""
     if isinstance(error, ApiError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,6 +24,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 log = logging.getLogger("foretell.server")
+DRAIN_SECONDS = 1.0
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -49,6 +52,7 @@ class Guard:
         client_id = headers.get("x-client-request-id") or headers.get("x-request-id") or ""
         if _CLIENT_ID.fullmatch(client_id):
             extra.append((b"x-client-request-id", client_id.encode()))
+        body = _Body(receive, headers)
         started = False
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
@@ -56,18 +60,43 @@ class Guard:
             if not started and message["type"] == "http.response.start":
                 started = True
                 self.on_answer(message["status"])
+                if message["status"] >= 400 and body.is_expected:
+                    await body.drain(self.config.max_body_bytes)
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 
         try:
             authorize(scope["path"], headers, self.config)
-            await self.app(scope, receive, send_with_id)
+            await self.app(scope, body.receive, send_with_id)
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("request %s to %s failed", request_id, scope["path"])
             if started:
                 raise  # the server closes the connection: the client must see that the answer is not whole
             await send_error(told(error), scope, send_with_id)
+
+
+class _Body:
+    """What a request still has to say. A connection that is closed with bytes unread is reset, and then the client
+    may never see why it was refused."""
+
+    def __init__(self, receive: Receive, headers: dict[str, str]) -> None:
+        self._receive = receive
+        self.is_expected = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self.is_expected = False
+        return message
+
+    async def drain(self, max_bytes: int) -> None:
+        """Read the rest, within limits."""
+        read = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while self.is_expected and read <= max_bytes:
+                    read += len((await self.receive()).get("body", b""))
 
 
 def header_dict(scope: Scope) -> dict[str, str]:

@@ -9,8 +9,9 @@ import re
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
-from foretell.server.errors import ApiError
+from foretell.server.errors import ApiError, ClientGoneError
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -55,6 +56,8 @@ async def read_body(request: Request, config: ServerConfig) -> bytes:
                 if size > config.max_body_bytes:
                     raise too_large
                 parts.append(part)
+    except ClientDisconnect:
+        raise ClientGoneError from None
     except TimeoutError:
         raise ApiError(
             408, f"the body took longer than {config.body_timeout_seconds:g} s", headers={"connection": "close"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 from fastapi import Response
 
-from foretell.server.errors import as_api_error, error_body, told
+from foretell.server.errors import ClientGoneError, as_api_error, error_body, told
 from foretell.server.guard import send_error
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ def event(content: Any, name: str | None = None) -> bytes:
     """One event; ``name`` for protocols whose events have one."""
     head = b"data: " if name is None else b"event: " + name.encode() + b"\ndata: "
     return head + _encode(content) + b"\n\n"
-
-
-class ClientGoneError(Exception):
-    """Nobody is there any more to be answered."""
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T], limit_seconds: float | None = None) -> T:

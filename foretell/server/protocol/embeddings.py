@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from foretell.server.protocol.base import Request, Response
+from foretell.server.protocol.base import Request, Response, Whole
 from foretell.server.protocol.completions import Text, TokenIds
 from foretell.server.protocol.sampling import Positive
 
@@ -20,7 +20,7 @@ class EmbeddingRequest(Request):
     dimensions: Positive | None = None  # must equal the model's: its vectors cannot be shortened
     user: str | None = None
     add_special_tokens: bool | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    priority: Annotated[Whole, Field(ge=-(2**31), lt=2**31)] | None = None
     timeout_seconds: Annotated[float, Field(gt=0, le=86400)] | None = None
 
 

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from foretell.server.protocol.base import Request
+from foretell.server.protocol.base import Request, Whole
 from foretell.server.protocol.structured import ResponseFormat, StructuredOutputs
 from foretell.server.protocol.usage import StreamOptions
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Natural = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
+Positive = Annotated[Whole, Field(ge=1, lt=2**31)]
+Natural = Annotated[Whole, Field(ge=0, lt=2**31)]
 
 
 class SamplingFields(Request):
@@ -25,7 +25,7 @@ class SamplingFields(Request):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
     max_tokens: Natural | None = None
     response_format: ResponseFormat | None = None
@@ -33,7 +33,7 @@ class SamplingFields(Request):
 
     best_of: Positive | None = None  # must equal n
     use_beam_search: Literal[False] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     length_penalty: Literal[1] | None = None  # of beam search, which there is none of
@@ -46,7 +46,7 @@ class SamplingFields(Request):
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     bad_words: list[Annotated[str, Field(min_length=1)]] | None = None
     prompt_logprobs: Natural | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # lower goes first
+    priority: Annotated[Whole, Field(ge=-(2**31), lt=2**31)] | None = None  # lower goes first
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     structured_outputs: StructuredOutputs | None = None

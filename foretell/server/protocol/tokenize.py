@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from foretell.server.protocol.base import Request, Response
 from foretell.server.protocol.chat import ChatMessage, ChatTool
@@ -13,6 +13,8 @@ from foretell.server.protocol.sampling import TokenId
 
 class TokenizeRequest(Request):
     """Either a prompt or messages."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
 
     model: str | None = None
     prompt: str | None = None
