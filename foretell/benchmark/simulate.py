@@ -36,13 +36,7 @@ def simulate(
 ) -> VirtualRun:
     """Serve the workload with an engine of this configuration whose steps take what ``cost`` says."""
     executor = VirtualExecutor(cost, num_blocks)
-    steps = 0
-
-    def count(record: object) -> None:
-        nonlocal steps
-        steps += 1
-
-    engine = Engine(config, executor, windows, on_step=count)
+    engine = Engine(config, executor, windows)
     admitted: list[Request] = []
     times: list[list[float]] = []
     arrivals = [request.arrival_seconds for request in workload.requests]
@@ -54,11 +48,17 @@ def simulate(
             ids = workload.token_ids(index, vocab_size)
             admitted.append(engine.add(index, ids, params, arrival=arrivals[index]))
             times.append([])
-        pending = len(admitted) < len(arrivals)
-        for output in engine.step(until=arrivals[len(admitted)] if pending else None):
+        until = arrivals[len(admitted)] if len(admitted) < len(arrivals) else None
+        if stretch := engine.run_ahead(until):
+            for request_id in stretch.request_ids:
+                times[request_id] += stretch.finished
+            continue
+        for output in engine.step(until):
             if output.token_id is not None:
                 times[output.request_id].append(executor.now)
-    return VirtualRun([_times(r, t) for r, t in zip(admitted, times, strict=True)], executor.now, steps)
+    return VirtualRun(
+        [_times(r, t) for r, t in zip(admitted, times, strict=True)], executor.now, engine.scheduler.num_batches
+    )
 
 
 def _times(request: Request, token_times: list[float]) -> RequestTimes:

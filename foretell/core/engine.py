@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from foretell.config import SchedulerConfig
+from foretell.core import ahead
+from foretell.core.ahead import Stretch
 from foretell.core.blocks import BlockManager
 from foretell.core.messages import Output, Result, Turn
 from foretell.core.params import SamplingParams
 from foretell.core.policy import get_policy
 from foretell.core.request import Request
 from foretell.core.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    from foretell.executor.base import Executor
+from foretell.executor.base import Executor, RunsAhead
 
 Event = dict[str, Any]
 
@@ -41,6 +41,7 @@ class Engine:
         reach = tuple(w if w is None else min(w, config.max_model_len) for w in windows)
         blocks = BlockManager(executor.num_blocks, reach, config.block_size, caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(config, blocks, depth=executor.depth, chain=executor.chain)
+        self._ahead = executor if isinstance(executor, RunsAhead) else None
         self._in_flight: dict[int, Turn] = {}
         self._on_event = on_event
         self.on_step = on_step
@@ -127,6 +128,18 @@ class Engine:
             self._log("wake")
             return []
         return self._take(result)
+
+    def run_ahead(self, until: float | None = None) -> Stretch | None:
+        """Take at once all decode steps that end by ``until`` and between which nothing else can happen; None if the
+        next step is not such a one. Only where the executor can (virtual time) and nobody wants single steps."""
+        if self._ahead is None or self._in_flight or self._on_event or self.on_step:
+            return None
+        requests = ahead.decoding(self.scheduler)
+        most = ahead.most_steps(self.scheduler, requests) if requests else 0
+        if most < 1:
+            return None
+        tokens, finished = self._ahead.decode_ahead(requests, most, until)
+        return ahead.advance(self.scheduler, requests, tokens, finished) if finished else None
 
     def _take(self, result: Result) -> list[Output]:
         turn = self._in_flight.pop(result.batch_id)

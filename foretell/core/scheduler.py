@@ -161,6 +161,11 @@ class Scheduler:
         self._batches[batch.id] = batch
         return turn
 
+    def skip_turns(self, count: int) -> None:
+        """As if so many turns had been scheduled and taken in; what they did is the caller's (core.ahead)."""
+        self.turn += count
+        self._next_batch_id += count
+
     def _max_seqs_in_batch(self) -> int:
         """With a pipeline (several batches in flight, no chaining) each batch takes its share of the requests."""
         if self.depth > 1 and self.chain == 0:

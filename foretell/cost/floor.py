@@ -6,8 +6,9 @@ takes the token count and nothing else. Attention compares each token with its p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 from foretell.config import ModelSpec
@@ -94,6 +95,20 @@ class FloorCost:
 
     def __call__(self, batch: Batch) -> float:
         return self.seconds(self.work(batch.chunks))
+
+    def decode_seconds(self, positions: Sequence[int]) -> Iterator[float]:
+        """Of consecutive steps of one token for each sequence, the first one at these positions."""
+        first = self.work(ChunkShape(position, 1) for position in positions)
+        if any(window is not None for window, _, _ in self.kv_groups):
+            for step in count():
+                yield self.seconds(self.work(ChunkShape(position + step, 1) for position in positions))
+        kv_growth = len(positions) * sum(bytes_per_token for _, bytes_per_token, _ in self.kv_groups)
+        flops_growth = len(positions) * sum(flops_per_pair for _, _, flops_per_pair in self.kv_groups)
+        moved, computed = first.bytes, first.flops
+        while True:
+            yield max(moved / self.read_bytes_per_second, computed / self.flops_per_second)
+            moved += kv_growth
+            computed += flops_growth
 
     def seconds(self, work: StepWork) -> float:
         """max(bytes ÷ bandwidth, FLOPs ÷ rate): perfect overlap of reading and computing."""

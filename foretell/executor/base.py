@@ -3,9 +3,11 @@ drives many devices, or runs a day of traffic in a second of virtual time."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from foretell.core.messages import Batch, Result
+from foretell.core.request import Request
 
 
 class Executor(Protocol):
@@ -33,3 +35,14 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class RunsAhead(Protocol):
+    """An executor in virtual time, which can take many decode steps at once."""
+
+    def decode_ahead(
+        self, requests: Sequence[Request], most: int, until: float | None
+    ) -> tuple[list[list[int]], list[float]]:
+        """(tokens by request, when each step ended) of up to ``most`` steps of one token for each request."""
+        ...

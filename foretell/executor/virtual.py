@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 from foretell.core.messages import Batch, Chunk, ChunkResult, Result
+from foretell.core.request import Request
 
 VIRTUAL_EOS = -1  # the token id that ends a virtual request; give it as a stop id
 
@@ -22,6 +25,14 @@ class LinearCost:
     def __call__(self, batch: Batch) -> float:
         kv_tokens = sum(chunk.start + chunk.length for chunk in batch.chunks)
         return self.step_seconds + self.seconds_per_token * batch.num_tokens + self.seconds_per_kv_token * kv_tokens
+
+    def decode_seconds(self, positions: Sequence[int]) -> Iterator[float]:
+        """Of consecutive steps of one token for each sequence, the first one at these positions."""
+        each, kv_tokens = len(positions), sum(positions)
+        fixed = self.step_seconds + self.seconds_per_token * each
+        while True:
+            kv_tokens += each
+            yield fixed + self.seconds_per_kv_token * kv_tokens
 
 
 class VirtualExecutor:
@@ -60,6 +71,43 @@ class VirtualExecutor:
         self._emitted[chunk.request_id] = index + 1
         ends = index + 1 >= self._lengths.get(chunk.request_id, 2**62)
         return ChunkResult(chunk.request_id, VIRTUAL_EOS if ends else synthetic_token(chunk.request_id, index))
+
+    def decode_ahead(
+        self, requests: Sequence[Request], most: int, until: float | None
+    ) -> tuple[list[list[int]], list[float]]:
+        """Up to ``most`` steps of one token for each: the tokens by request, and when each step ended. None of them
+        ends a request, and none ends after ``until``."""
+        if any(request.stop_ids - {VIRTUAL_EOS} for request in requests):
+            return [], []
+        emitted = [self._emitted[request.id] for request in requests]
+        lengths = [self._lengths.get(request.id, 2**62) for request in requests]
+        most = min(most, *(length - count - 1 for length, count in zip(lengths, emitted, strict=True)))
+        limit = math.inf if until is None else until
+        now = max(self.now, self._busy_until)
+        finished: list[float] = []
+        for seconds in islice(self._decode_seconds([request.planned for request in requests]), max(0, most)):
+            now += seconds
+            if now > limit:
+                break
+            finished.append(now)
+        if not finished:
+            return [], []
+        self.now = self._busy_until = finished[-1]
+        tokens = []
+        for request, first in zip(requests, emitted, strict=True):
+            self._emitted[request.id] = end = first + len(finished)
+            tokens.append([synthetic_token(request.id, i) for i in range(first, end)])
+        return tokens, finished
+
+    def _decode_seconds(self, positions: list[int]) -> Iterator[float]:
+        """Seconds of a step of one token at each of the positions, then at the next ones, and so on."""
+        steps = getattr(self.cost, "decode_seconds", None)
+        if steps is not None:
+            yield from steps(positions)
+            return
+        for step in count():
+            chunks = [Chunk(i, position + step, 1, (), True) for i, position in enumerate(positions)]
+            yield self.cost(Batch(-1, chunks))
 
     def wait(self, until: float | None) -> Result | None:
         if self._queue and (until is None or self._queue[0].finished <= until):
