@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter
 
 
-def strictly(model: Any, value: Any) -> Any:
+def strictly(model: Any, value: Any, *, beyond: Collection[str] = ()) -> Any:
     """``value`` as ``model`` (a class or a union of them) without any coercion; AssertionError for a field that the
-    model does not know, ValidationError for one that is missing or of another type."""
+    model does not know and that is not one of ``beyond``, ValidationError for one that is missing or of another
+    type."""
     made = _adapter(model).validate_python(value, strict=True)
-    unknown = list(_unknown(made, "$"))
+    unknown = [path for path in _unknown(made, "$") if path.rpartition(".")[2] not in beyond]
     assert not unknown, f"fields that {model} does not have: {unknown}"
     return made
 

@@ -1,0 +1,86 @@
+"""What we answer is, field by field, what the openai client's own models say, and nothing else but what is listed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from foretell.server.local_engine import LocalTextEngine
+from tests.server.client import request
+from tests.server.strict import strictly
+
+# vLLM's fields, which OpenAI does not have
+CHOICE = ("stop_reason",)
+TOKENS = ("token_ids", "prompt_token_ids", "prompt_logprobs")
+MODEL = ("root", "parent", "max_model_len")
+
+CHAT: list[dict[str, Any]] = [
+    {},
+    {"n": 2},
+    {"logprobs": True},
+    {"logprobs": True, "top_logprobs": 2},
+    {"stop": ["x", "e"]},
+    {"max_tokens": None, "max_completion_tokens": 3},
+    {"response_format": {"type": "text"}, "user": "u", "metadata": {"a": "b"}, "store": False},
+    {"return_token_ids": True, "prompt_logprobs": 1},
+]
+COMPLETIONS: list[dict[str, Any]] = [
+    {},
+    {"n": 2},
+    {"logprobs": 2},
+    {"prompt": ["a", "b"], "seed": 5},
+    {"prompt": [72, 105]},
+    {"echo": True},
+    {"return_token_ids": True, "prompt_logprobs": 1},
+]
+
+
+def post(engine: LocalTextEngine, path: str, **body: Any) -> Any:
+    answer = request(engine, "POST", path, json={"model": engine.about.model, "max_tokens": 5, **body})
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def chunks(answer: Any) -> list[dict[str, Any]]:
+    lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("asked", CHAT, ids=str)
+def test_chat(tiny: LocalTextEngine, asked: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello"}], **asked}
+    whole = post(tiny, "/v1/chat/completions", **body).json()
+    beyond = CHOICE + (TOKENS if "return_token_ids" in asked else ())
+    made = strictly(ChatCompletion, whole, beyond=beyond)
+    assert [choice.index for choice in made.choices] == list(range(asked.get("n", 1)))
+    body.pop("prompt_logprobs", None)  # of a whole answer only
+    for options in (None, {"include_usage": True}):
+        streamed = chunks(post(tiny, "/v1/chat/completions", **body, stream=True, stream_options=options))
+        typed = [strictly(ChatCompletionChunk, chunk, beyond=beyond) for chunk in streamed]
+        assert len({(chunk.id, chunk.created, chunk.model) for chunk in typed}) == 1
+        ends = [choice.finish_reason for chunk in typed for choice in chunk.choices if choice.finish_reason]
+        assert len(ends) == asked.get("n", 1)
+        assert [chunk.usage is not None for chunk in typed] == [False] * (len(typed) - 1) + [options is not None]
+        assert not options or typed[-1].choices == []
+
+
+@pytest.mark.parametrize("asked", COMPLETIONS, ids=str)
+def test_completions(tiny: LocalTextEngine, asked: dict[str, Any]) -> None:
+    body = {"prompt": "Hello", **asked}
+    beyond = CHOICE + (TOKENS if "return_token_ids" in asked else ())
+    strictly(Completion, post(tiny, "/v1/completions", **body).json(), beyond=beyond)
+    body.pop("prompt_logprobs", None)
+    for chunk in chunks(post(tiny, "/v1/completions", **body, stream=True)):
+        for choice in chunk["choices"]:  # null until the end, as OpenAI streams it; its type was made for whole ones
+            choice["finish_reason"] = choice["finish_reason"] or "stop"
+        strictly(Completion, chunk, beyond=beyond)
+
+
+def test_models(tiny: LocalTextEngine) -> None:
+    for card in request(tiny, "GET", "/v1/models").json()["data"]:
+        strictly(Model, card, beyond=MODEL)
