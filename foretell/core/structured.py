@@ -15,6 +15,8 @@ MAX_BYTES: Final = 64 << 10
 MAX_REGEX_BYTES: Final = 8 << 10
 MAX_DEPTH: Final = 32  # of a schema's nesting
 MAX_NODES: Final = 8192  # values in a schema, however nested
+MAX_MEMBERS: Final = 512  # of one object in a schema: its properties, for one
+MAX_ALTERNATIVES: Final = 256  # of one anyOf, oneOf or allOf
 MAX_CHOICES: Final = 1024
 
 
@@ -96,7 +98,19 @@ def check_schema(schema: object, *, max_depth: int = MAX_DEPTH, max_nodes: int =
             raise InvalidRequestError(f"the JSON schema is nested more than {max_depth} deep: make it flatter")
         if nodes > max_nodes:
             raise InvalidRequestError(f"the JSON schema holds more than {max_nodes:,} values: make it smaller")
+        for value in level:
+            if isinstance(value, dict):
+                _check_width(value)
         level = [child for value in level for child in _children(value)]
+
+
+def _check_width(schema: dict[str, Any]) -> None:
+    if len(schema) > MAX_MEMBERS:
+        raise InvalidRequestError(f"an object in the JSON schema has {len(schema):,} members, at most {MAX_MEMBERS}")
+    for name in ("anyOf", "oneOf", "allOf"):
+        count = len(_children(schema.get(name)))
+        if count > MAX_ALTERNATIVES:
+            raise InvalidRequestError(f"{name} in the JSON schema has {count:,} parts, at most {MAX_ALTERNATIVES}")
 
 
 def _children(value: object) -> list[Any]:

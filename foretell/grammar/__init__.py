@@ -1,0 +1,1 @@
+"""Structured output: forms are compiled to grammars, and grammars say which tokens may come next."""

@@ -1,0 +1,78 @@
+"""The process that compiles a grammar first: what takes too long or too much memory ends here, and harms nobody.
+
+A compiler in native code cannot be interrupted, and a thread cannot be ended; a process can. It reads a form per
+line and answers with a line each: {"error": one line or "", "text": the grammar, "bytes": memory that it took}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import threading
+from typing import Any
+
+from foretell.core.structured import StructuredOutput
+from foretell.grammar.limits import CHECK_BYTES, CHECK_CPU_SECONDS, parser_limits
+from foretell.grammar.text import grammar_text
+
+
+def check(form: StructuredOutput, tokenizer: Any) -> dict[str, Any]:
+    from llguidance import LLMatcher
+
+    before = resident_bytes()
+    try:
+        text = grammar_text(form)
+        matcher = LLMatcher(tokenizer, text, log_level=0, limits=parser_limits())
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+    except Exception as error:
+        return {"error": first_line(str(error)) or type(error).__name__}
+    if matcher.is_error() and matcher.stop_reason() != "NoExtensionBias":
+        return {"error": first_line(matcher.get_error())}
+    return {"error": "", "text": text, "bytes": max(0, resident_bytes() - before)}
+
+
+def first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:300] if lines else ""
+
+
+def resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def allow_cpu_seconds(seconds: int) -> None:
+    """The kernel ends this process when it has used so much more; whole seconds, rounded up."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime) + seconds + 1
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
+    from llguidance import LLTokenizer
+
+    tokenizer = LLTokenizer("byte")
+    answers = threading.Lock()
+
+    def work(line: str) -> None:
+        allow_cpu_seconds(CHECK_CPU_SECONDS)
+        with answers:
+            print(json.dumps(check(StructuredOutput(**json.loads(line)), tokenizer)), flush=True)
+
+    print("ready", flush=True)
+    for line in sys.stdin:  # its end is the parent's: leave at once, whatever is being compiled
+        threading.Thread(target=work, args=(line,), daemon=True).start()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Forms → matchers: compiled once, outside the engine's step, and kept for those who ask for the same."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final
+
+from foretell.core.structured import StructuredOutput
+from foretell.errors import InvalidRequestError, OverloadedError
+from foretell.grammar.guard import GrammarGuard
+from foretell.grammar.limits import CACHE_BYTES, CACHE_ENTRIES, parser_limits
+from foretell.grammar.matcher import FormMatcher
+from foretell.grammar.vocabulary import build_vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from foretell.store import Tokenizer
+
+MAX_WAITING: Final = 256
+
+
+class GrammarCompiler:
+    """Compiles for one model. ``compile`` and ``submit`` may be called from any thread.
+
+    A form is compiled in a guarded process first, which has limits on time and memory, then here. Costs nothing
+    until the first form comes; that one waits for the vocabulary (0.3 to 2 s).
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._end_ids = tuple(end_ids)
+        self._vocabulary: LLTokenizer | None = None
+        self._guard = GrammarGuard()
+        self._kept: OrderedDict[StructuredOutput, tuple[LLMatcher | str, int]] = OrderedDict()  # or its error
+        self._kept_bytes = 0
+        self._lock = threading.Lock()  # of what is kept
+        self._compiling = threading.Lock()
+        self._waiting = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="foretell-grammar")
+
+    def compile(self, form: StructuredOutput) -> None:
+        """Make a form ready for ``matcher``. Raises InvalidRequestError, in one line, if it cannot be used."""
+        self._compiled(form)
+
+    def submit(self, form: StructuredOutput) -> Future[None]:
+        """``compile`` in a thread of the compiler's own; done at once for a form that is ready, or known as bad.
+        Raises OverloadedError when too many wait."""
+        done: Future[None] = Future()
+        with self._lock:
+            kept = self._kept.get(form)
+            if kept is None:
+                if self._waiting >= MAX_WAITING:
+                    raise OverloadedError("too many grammars wait to be compiled: try again", 1.0)
+                self._waiting += 1
+        if kept is None:
+            return self._pool.submit(self._compile_waiting, form)
+        if isinstance(kept[0], str):
+            done.set_exception(InvalidRequestError(kept[0]))
+        else:
+            done.set_result(None)
+        return done
+
+    def matcher(self, form: StructuredOutput, output_ids: Sequence[int] = ()) -> FormMatcher:
+        """A matcher at the beginning of an output, or after these tokens of it. Quick for a form that is ready."""
+        return FormMatcher(self._compiled(form).deep_copy(), self._vocab_size, self._end_ids, output_ids)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._guard.close()
+
+    def _compile_waiting(self, form: StructuredOutput) -> None:
+        try:
+            self._compiled(form)
+        finally:
+            with self._lock:
+                self._waiting -= 1
+
+    def _compiled(self, form: StructuredOutput) -> LLMatcher:
+        found = self._find(form)
+        if found is None:
+            with self._compiling:
+                found = self._find(form)
+                if found is None:
+                    found, size = self._compile(form)
+                    self._keep(form, found, size)
+        if isinstance(found, str):
+            raise InvalidRequestError(found)
+        return found
+
+    def _compile(self, form: StructuredOutput) -> tuple[LLMatcher | str, int]:
+        from llguidance import LLMatcher
+
+        if self._tokenizer is None:
+            raise InvalidRequestError("this model has no tokenizer: structured output needs one")
+        try:
+            text, size = self._guard.check(form)
+        except InvalidRequestError as error:
+            return str(error), len(form.value)
+        if self._vocabulary is None:
+            self._vocabulary = build_vocabulary(self._tokenizer, self._vocab_size, self._end_ids)
+        matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=parser_limits())
+        if matcher.is_error():
+            lines = matcher.get_error().splitlines() or [""]
+            return f"the {form.kind} cannot be used with this model's tokens: {lines[0][:300]}", len(form.value)
+        return matcher, len(form.value) + size
+
+    def _find(self, form: StructuredOutput) -> LLMatcher | str | None:
+        with self._lock:
+            kept = self._kept.get(form)
+            if kept is None:
+                return None
+            self._kept.move_to_end(form)
+            return kept[0]
+
+    def _keep(self, form: StructuredOutput, found: LLMatcher | str, size: int) -> None:
+        with self._lock:
+            self._kept[form] = (found, size)
+            self._kept_bytes += size
+            while len(self._kept) > 1 and (len(self._kept) > CACHE_ENTRIES or self._kept_bytes > CACHE_BYTES):
+                _, (_, freed) = self._kept.popitem(last=False)
+                self._kept_bytes -= freed
+
+
