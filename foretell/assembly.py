@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from foretell.core.engine import Engine
-    from foretell.executor.base import Executor
+    from foretell.executor.local import LocalExecutor
+    from foretell.executor.overlapped import OverlappedExecutor
+    from foretell.executor.parallel import ParallelExecutor
     from foretell.store import ModelFiles, Tokenizer
     from foretell.worker.ledger import MemoryLedger
 
@@ -164,6 +166,7 @@ def assemble(
         torch.set_num_threads(options.num_threads)
     phases.done("import torch")
     from foretell.core.engine import Engine
+    from foretell.grammar.compiler import GrammarCompiler
     from foretell.model.load import resolve_dtype, spec_for
     from foretell.worker.kv import block_bytes
 
@@ -186,6 +189,7 @@ def assemble(
         on_event=on_event,
         on_step=step_log,
     )
+    loaded.executor.use_grammars(GrammarCompiler(lambda: tokenizer, spec.vocab_size))
     return Assembly(
         options=options,
         files=files,
@@ -211,7 +215,7 @@ def assemble(
 class _Loaded:
     """An executor that has the model, and how it keeps it."""
 
-    executor: Executor
+    executor: LocalExecutor | OverlappedExecutor | ParallelExecutor
     weight_bytes: int
     weight_format: str
     kernels: str

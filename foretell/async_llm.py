@@ -42,6 +42,9 @@ class AsyncLLM:
             loop.call_soon_threadsafe(updates.put_nowait, update)
 
         own = llm.preparer.params(params or SamplingParams())
+        prepared = llm.assembly.engine.executor.prepare(own)
+        if prepared is not None:  # a grammar is compiled elsewhere; the loop goes on
+            await asyncio.wrap_future(prepared)
         text = prompt if isinstance(prompt, str) else None
         tracker = llm.service.submit(text, token_ids, own, deliver, arrival=arrival, priority=priority)
         open_outputs = set(range(own.n))

@@ -9,9 +9,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from foretell.assembly import Assembly, EngineOptions, assemble
-from foretell.core.params import SamplingParams
+from foretell.core.params import Pooling, SamplingParams
 from foretell.cost.operations import kv_bytes
-from foretell.errors import InvalidRequestError
+from foretell.errors import ForetellError, InvalidRequestError
 from foretell.output import RequestOutput
 from foretell.prompts import Prompt, PromptPreparer, as_prompt_list
 from foretell.service import EngineService, Tracker, Update
@@ -69,7 +69,7 @@ class LLM:
         prepared = []
         for number, (prompt, own) in enumerate(zip(items, each, strict=True)):
             try:
-                prepared.append((prompt, self._checked_ids(prompt), self.preparer.params(own)))
+                prepared.append((prompt, self._checked_ids(prompt), self._ready(self.preparer.params(own))))
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"prompt {number}: {error}" if len(items) > 1 else str(error)) from None
         return self._run(prepared, arrival, priority, progress)
@@ -94,6 +94,20 @@ class LLM:
         text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
         return self.preparer.token_ids(text, add_special_tokens=False)
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "mean", progress: bool | None = None
+    ) -> list[list[float]]:
+        """An embedding of each prompt: its final hidden states, pooled, of length 1. InvalidRequestError names the
+        prompt at fault; a failure while computing is a ForetellError."""
+        outputs = self.generate(prompts, SamplingParams(pooling=pooling), progress=progress)
+        found = []
+        for output in outputs:
+            completion = output.outputs[0]
+            if completion.embedding is None:
+                raise ForetellError(completion.error or "the embedding was not computed: the engine was closed")
+            found.append(completion.embedding)
+        return found
+
     def stream(
         self,
         prompt: Prompt,
@@ -106,7 +120,7 @@ class LLM:
         A request that can never run is refused at once, not at the first piece."""
         arrival = self.now if arrival is None else arrival
         token_ids = self._checked_ids(prompt)
-        own = self.preparer.params(params or SamplingParams())
+        own = self._ready(self.preparer.params(params or SamplingParams()))
         text = prompt if isinstance(prompt, str) else None
         return self._stream(text, token_ids, own, arrival, priority)
 
@@ -146,6 +160,13 @@ class LLM:
         ids = self.preparer.token_ids(prompt)
         self.assembly.engine.scheduler.check_prompt_len(len(ids))
         return ids
+
+    def _ready(self, params: SamplingParams) -> SamplingParams:
+        """The same, once what they need is compiled: InvalidRequestError if that cannot be done."""
+        prepared = self.assembly.engine.executor.prepare(params)
+        if prepared is not None:
+            prepared.result()
+        return params
 
     @staticmethod
     def _params_for(

@@ -171,6 +171,7 @@ class Tracking:
             delta += text.finish()
             completion.stop_reason = news.stop_token
             completion.error = news.error
+            completion.embedding = news.embedding
         if text.filter.found is not None:
             completion.stop_reason = text.filter.found
             if reason is None:

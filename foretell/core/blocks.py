@@ -107,7 +107,7 @@ class BlockManager:
     def find_cached(self, request: Request) -> int:
         """Tokens of the longest usable cached prefix: always whole blocks, and never the last known token,
         whose logits are still wanted. A sliding group needs only the blocks its window reaches back to."""
-        if not self.caching or request.params.prompt_logprobs is not None:
+        if not self.caching or request.params.reads_every_position:
             return 0
         self.update_hashes(request, len(request.tokens))
         hashes = request.hashes
@@ -129,7 +129,7 @@ class BlockManager:
     def awaited(self, request: Request, cached: int) -> bytes | None:
         """The last of the blocks after a hit of ``cached`` tokens that running requests are about to compute."""
         last, index = None, cached // self.block_size
-        if self.expected and self.caching and request.params.prompt_logprobs is None:
+        if self.expected and self.caching and not request.params.reads_every_position:
             end = min(len(request.hashes), (len(request.tokens) - 1) // self.block_size)
             while index < end and request.hashes[index] in self.expected:
                 last, index = request.hashes[index], index + 1

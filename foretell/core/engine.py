@@ -146,7 +146,8 @@ class Engine:
         if self._on_event:
             tokens = {r.request_id: r.token_id for r in result.results if r.token_id is not None}
             errors = {r.request_id: r.error for r in result.results if r.error is not None}
-            self._log("result", batch=result.batch_id, tokens=tokens, errors=errors)
+            ended = [r.request_id for r in result.results if r.ended or r.embedding is not None]
+            self._log("result", batch=result.batch_id, tokens=tokens, errors=errors, ended=ended)
         record = self._record(turn, result) if self.on_step else None
         outputs = self.scheduler.update(result)
         if record is not None and self.on_step:

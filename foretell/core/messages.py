@@ -97,6 +97,7 @@ class Output:
     finish_reason: str | None = None
     stop_token: int | None = None  # the token id that stopped it, if one did
     error: str | None = None
+    embedding: list[float] | None = None
     progress: Progress | None = None  # with the first token, the first after a preemption, and the last
 
 

@@ -176,7 +176,17 @@ class SamplingParams:
     def waits_for_its_tokens(self) -> bool:
         """Choosing a token needs, on the CPU, the values of those before it, or its logits: the next step of such a
         request cannot be computed ahead."""
-        return self.reshapes_logits or self.logprobs is not None or self.prompt_logprobs is not None
+        return (
+            self.reshapes_logits
+            or self.logprobs is not None
+            or self.prompt_logprobs is not None
+            or self.pooling is not None
+        )
+
+    @property
+    def reads_every_position(self) -> bool:
+        """The whole prompt has to be computed: nothing of it may be taken from the prefix cache."""
+        return self.prompt_logprobs is not None or self.pooling is not None
 
 
 _RANGES = (

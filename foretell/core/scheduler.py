@@ -316,7 +316,7 @@ class Scheduler:
 
     def _accept(self, request: Request, news: ChunkResult) -> Output:
         token_id, tokens = news.token_id, request.tokens
-        output = Output(request.id, token_id, news.logprobs, news.prompt_logprobs)
+        output = Output(request.id, token_id, news.logprobs, news.prompt_logprobs, embedding=news.embedding)
         if news.error is not None:
             output.error = news.error
             output.finish_reason = "error"
@@ -327,8 +327,12 @@ class Scheduler:
                 self.counters.prompt_tokens += request.prompt_len
             if token_id in request.stop_ids and request.num_outputs > request.params.min_tokens:
                 output.finish_reason, output.stop_token = "stop", token_id
+            elif news.ended:
+                output.finish_reason = "stop"
             elif len(tokens) >= request.max_total_tokens:
                 output.finish_reason = "length"
+        elif news.embedding is not None:
+            output.finish_reason = "stop"
         if request.progress_due or output.finish_reason is not None:
             request.progress_due = False
             output.progress = request.progress

@@ -4,9 +4,11 @@ drives many devices, or runs a day of traffic in a second of virtual time."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Protocol, runtime_checkable
 
 from foretell.core.messages import Batch, Result
+from foretell.core.params import SamplingParams
 from foretell.core.request import Request
 
 
@@ -22,6 +24,11 @@ class Executor(Protocol):
     @property
     def now(self) -> float:
         """Seconds on this executor's clock."""
+        ...
+
+    def prepare(self, params: SamplingParams) -> Future[None] | None:
+        """Make ready, beside the steps, what a request will need before it may be added; None: nothing. Any thread
+        may call it. The future has an InvalidRequestError where it cannot be had."""
         ...
 
     def submit(self, batch: Batch) -> None: ...

@@ -9,8 +9,13 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from foretell.core.messages import Batch, ChunkResult, Result
+from foretell.core.params import SamplingParams
+from foretell.executor.prepare import prepare_grammar
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from foretell.grammar.compiler import GrammarCompiler
     from foretell.worker.runner import ModelRunner
 
 
@@ -22,6 +27,7 @@ class LocalExecutor:
 
     def __init__(self, runner: ModelRunner, num_blocks: tuple[int, ...]) -> None:
         self.runner = runner
+        self.grammars: GrammarCompiler | None = None
         self.num_blocks = num_blocks
         self._queue: deque[Batch] = deque()
         self._woken = threading.Event()
@@ -29,6 +35,12 @@ class LocalExecutor:
     @property
     def now(self) -> float:
         return time.monotonic()
+
+    def use_grammars(self, grammars: GrammarCompiler) -> None:
+        self.grammars = self.runner.grammars = grammars
+
+    def prepare(self, params: SamplingParams) -> Future[None] | None:
+        return prepare_grammar(self.grammars, params)
 
     def submit(self, batch: Batch) -> None:
         self._queue.append(batch)
@@ -52,6 +64,8 @@ class LocalExecutor:
 
     def close(self) -> None:
         self._queue.clear()
+        if self.grammars is not None:
+            self.grammars.close()
         self.runner.release()
 
 

@@ -9,9 +9,14 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from foretell.core.messages import Batch, ChunkResult, Result
+from foretell.core.params import SamplingParams
 from foretell.executor.local import failure_reason
+from foretell.executor.prepare import prepare_grammar
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from foretell.grammar.compiler import GrammarCompiler
     from foretell.worker.device_runner import DeviceRunner, Step
 
 
@@ -23,6 +28,7 @@ class OverlappedExecutor:
 
     def __init__(self, runner: DeviceRunner, num_blocks: tuple[int, ...]) -> None:
         self.runner = runner
+        self.grammars: GrammarCompiler | None = None
         self.num_blocks = num_blocks
         self._queue: deque[tuple[Batch, Step | Exception, float]] = deque()
         self._woken = threading.Event()
@@ -31,6 +37,12 @@ class OverlappedExecutor:
     @property
     def now(self) -> float:
         return time.monotonic()
+
+    def use_grammars(self, grammars: GrammarCompiler) -> None:
+        self.grammars = self.runner.grammars = grammars
+
+    def prepare(self, params: SamplingParams) -> Future[None] | None:
+        return prepare_grammar(self.grammars, params)
 
     def submit(self, batch: Batch) -> None:
         started = self.now
@@ -65,4 +77,6 @@ class OverlappedExecutor:
 
     def close(self) -> None:
         self._queue.clear()
+        if self.grammars is not None:
+            self.grammars.close()
         self.runner.release()

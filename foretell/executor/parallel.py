@@ -22,12 +22,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from foretell.children import python_module, start_child
 from foretell.core.messages import Batch, Result
+from foretell.core.params import SamplingParams
 from foretell.errors import ForetellError
+from foretell.executor.prepare import prepare_grammar
 from foretell.parallel.layout import Layout
 from foretell.parallel.messages import Beat, Channel, Done, Failed, Ready, Setup, Step, Stop, ToDriver
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from foretell.grammar.compiler import GrammarCompiler
 
 SILENT_SECONDS = 5.0  # a rank beats twice a second; silent so long, it is stopped or its machine is gone
 LOADING_SILENT_SECONDS = 60.0  # importing torch on a busy machine leaves no room for a heartbeat
@@ -68,6 +76,7 @@ class ParallelExecutor:
     ) -> None:
         """``setup(rank, store_url)``: what that rank is told first."""
         self.layout, self.num_blocks, self.depth = layout, num_blocks, layout.pp
+        self.grammars: GrammarCompiler | None = None
         self._results: deque[Result] = deque()
         self._sent: dict[int, tuple[float, int]] = {}  # batches in flight: when they were sent, their tokens
         self._tokens: dict[int, list[int]] = {}  # by request: sampled and not yet sent to the ranks that did not
@@ -113,6 +122,13 @@ class ParallelExecutor:
     def now(self) -> float:
         return time.monotonic()
 
+    def use_grammars(self, grammars: GrammarCompiler) -> None:
+        self.grammars = grammars
+
+    def prepare(self, params: SamplingParams) -> Future[None] | None:
+        """Compiled here, which tells whether it can be; the rank that samples compiles it again, in a moment."""
+        return prepare_grammar(self.grammars, params)
+
     def submit(self, batch: Batch) -> None:
         for request_id in batch.removed:
             self._tokens.pop(request_id, None)
@@ -145,6 +161,8 @@ class ParallelExecutor:
         if self._closed:
             return
         self._closed = True
+        if self.grammars is not None:
+            self.grammars.close()
         for rank in self.ranks:
             with suppress(OSError):
                 rank.channel.send(Stop())

@@ -27,7 +27,9 @@ class ReplayExecutor(VirtualExecutor):
         self.now = event["now"]
         if event["event"] != "result":
             return None
-        results = [ChunkResult(i, token_id=token) for i, token in event["tokens"].items()]
+        tokens, ended = event["tokens"], event["ended"]
+        results = [ChunkResult(i, token_id=token, ended=i in ended) for i, token in tokens.items()]
+        results += [ChunkResult(i, embedding=[]) for i in ended if i not in tokens]
         results += [ChunkResult(i, error=error) for i, error in event["errors"].items()]
         return Result(event["batch"], results, self.now, self.now)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 
 from foretell.core.messages import Batch, Chunk, ChunkResult, Result
+from foretell.core.params import SamplingParams
 from foretell.core.request import Request
 
 VIRTUAL_EOS = -1  # the token id that ends a virtual request; give it as a stop id
@@ -57,6 +58,9 @@ class VirtualExecutor:
         self._emitted: dict[int, int] = {}  # by request: output tokens so far, kept over preemptions
         self._queue: deque[Result] = deque()
         self._busy_until = 0.0
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Nothing is compiled in virtual time."""
 
     def submit(self, batch: Batch) -> None:
         started = max(self.now, self._busy_until)

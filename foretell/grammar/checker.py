@@ -29,8 +29,9 @@ def check(form: StructuredOutput, tokenizer: Any) -> dict[str, Any]:
             matcher.compute_bitmask()
     except Exception as error:
         return {"error": first_line(str(error)) or type(error).__name__}
-    if matcher.is_error() and matcher.stop_reason() != "NoExtensionBias":
-        return {"error": first_line(matcher.get_error())}
+    if matcher.is_error():
+        none = "NoExtensionBias" in matcher.get_error()
+        return {"error": "no text has this form" if none else first_line(matcher.get_error())}
     return {"error": "", "text": text, "bytes": max(0, resident_bytes() - before)}
 
 

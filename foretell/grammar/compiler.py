@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
@@ -30,10 +30,11 @@ class GrammarCompiler:
     until the first form comes; that one waits for the vocabulary (0.3 to 2 s).
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, load_tokenizer: Callable[[], Tokenizer | None], vocab_size: int) -> None:
+        """``load_tokenizer`` is called when the first form comes; ``vocab_size`` is the model's."""
+        self._load_tokenizer = load_tokenizer
         self._vocab_size = vocab_size
-        self._end_ids = tuple(end_ids)
+        self._end_ids: tuple[int, ...] = ()
         self._vocabulary: LLTokenizer | None = None
         self._guard = GrammarGuard()
         self._kept: OrderedDict[StructuredOutput, tuple[LLMatcher | str, int]] = OrderedDict()  # or its error
@@ -95,14 +96,16 @@ class GrammarCompiler:
     def _compile(self, form: StructuredOutput) -> tuple[LLMatcher | str, int]:
         from llguidance import LLMatcher
 
-        if self._tokenizer is None:
-            raise InvalidRequestError("this model has no tokenizer: structured output needs one")
+        if self._vocabulary is None:
+            tokenizer = self._load_tokenizer()
+            if tokenizer is None:
+                raise InvalidRequestError("this model has no tokenizer: structured output needs one")
+            self._end_ids = tuple(sorted(tokenizer.eos_token_ids))
+            self._vocabulary = build_vocabulary(tokenizer, self._vocab_size, self._end_ids)
         try:
             text, size = self._guard.check(form)
         except InvalidRequestError as error:
             return str(error), len(form.value)
-        if self._vocabulary is None:
-            self._vocabulary = build_vocabulary(self._tokenizer, self._vocab_size, self._end_ids)
         matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=parser_limits())
         if matcher.is_error():
             lines = matcher.get_error().splitlines() or [""]
@@ -124,5 +127,3 @@ class GrammarCompiler:
             while len(self._kept) > 1 and (len(self._kept) > CACHE_ENTRIES or self._kept_bytes > CACHE_BYTES):
                 _, (_, freed) = self._kept.popitem(last=False)
                 self._kept_bytes -= freed
-
-

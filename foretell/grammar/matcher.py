@@ -34,12 +34,12 @@ class FormMatcher:
 
     def allowed(self) -> NDArray[np.bool_]:
         """[vocab] of the tokens that may come next; none when the form has ended for a model without end tokens."""
-        started = time.perf_counter()
+        started = time.thread_time()
         if not self.error:
             self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
             if self._matcher.is_error():
                 self._fail(self._matcher.get_error())
-        self._spend(time.perf_counter() - started)
+        self._spend(time.thread_time() - started)
         return np.unpackbits(self._words.view(np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def only_ends(self, allowed: NDArray[np.bool_]) -> bool:
@@ -50,12 +50,12 @@ class FormMatcher:
         """Go on with a token that ``allowed`` allowed."""
         if self.error or self.ended:
             return
-        started = time.perf_counter()
+        started = time.thread_time()
         if not self._matcher.consume_token(token_id):
             self._fail(self._matcher.get_error())
         elif self._matcher.is_stopped():
             self.ended = True
-        self._spend(time.perf_counter() - started)
+        self._spend(time.thread_time() - started)
 
     def _spend(self, seconds: float) -> None:
         """One request's form must not hold up the others in its batch for long."""

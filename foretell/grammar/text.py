@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
     from foretell.core.structured import StructuredOutput
 
 # Between the parts of a JSON text: nothing, one space, or a new line with its indentation. Any amount of white
 # space is JSON as well, but a small model that may write white space for ever sometimes does.
 WHITE_SPACE: Final = r"( |\n {0,16})?"
-_JSON_OPTIONS: Final[dict[str, Any]] = {
+_JSON_OPTIONS: Final[JsonCompileOptions] = {
     "whitespace_pattern": WHITE_SPACE,
     "whitespace_flexible": True,
     "lenient": False,

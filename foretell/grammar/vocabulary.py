@@ -69,7 +69,7 @@ class Vocabulary:
 
 
 def build_vocabulary(tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]) -> LLTokenizer:
-    """0.3 s for 49,000 tokens, 2 s for 262,000. ``vocab_size``: the model's; ``end_ids``: tokens that end an output."""
+    """0.3 s for 49,000 tokens, 2 s for 262,000. ``vocab_size``: the model's; ``end_ids``: what ends an output."""
     from llguidance import LLTokenizer
     from llguidance import TokenizerWrapper as Wrapper
 

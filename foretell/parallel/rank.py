@@ -69,6 +69,7 @@ def load(setup: Setup, heart: Heart) -> tuple[StageRunner, Ready]:
     import torch
 
     torch.set_num_threads(setup.num_threads)
+    from foretell.grammar.compiler import GrammarCompiler
     from foretell.kernels import get_kernels
     from foretell.model.build import Builder
     from foretell.model.load import DTYPES, spec_for
@@ -78,7 +79,7 @@ def load(setup: Setup, heart: Heart) -> tuple[StageRunner, Ready]:
     from foretell.parallel.shard import ShardedWeights
     from foretell.parallel.stage import StageRunner
     from foretell.parallel.wrap import wrap
-    from foretell.store import open_tensors, resolve
+    from foretell.store import load_tokenizer, open_tensors, resolve
     from foretell.worker.kv import allocate
 
     phases["import torch"] = time.perf_counter() - started
@@ -110,6 +111,8 @@ def load(setup: Setup, heart: Heart) -> tuple[StageRunner, Ready]:
     kv = allocate(own, tuple(setup.num_blocks), setup.block_size, dtype, place.layers)
     torch_threads = 1 if kernels.name == "cpu" else None
     runner = StageRunner(model, kv, setup.block_size, comm, spec.vocab_size, torch_threads=torch_threads)
+    if runner.samples:
+        runner.grammars = GrammarCompiler(lambda: load_tokenizer(files), spec.vocab_size)
     heart.phase = "waiting for the others to load"
     comm.preflight()
     return runner, Ready(model.weight_bytes, resident, model.weight_format, kernels.name, phases)

@@ -14,6 +14,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,7 @@ class EngineServer:
         self._loop = EngineLoop(engine, self._send_step, self._on_stop)
         self._port = LocalPort(engine)
         self._commands = Commands(engine)
+        self._preparing: set[int] = set()  # first ids of requests whose grammars are being compiled
         self._stats_due = 0.0
         self._shutdown = False
 
@@ -72,8 +75,9 @@ class EngineServer:
         post = self._loop.post
         match message:
             case wire.Add():
-                post(lambda: self._add(message))
+                self._prepare(message)
             case wire.Finish(request_ids, reason):
+                self._preparing.difference_update(request_ids)
                 post(lambda: self._port.finish(request_ids, reason))
             case wire.Control():
                 post(lambda: self._answer(message))
@@ -85,7 +89,31 @@ class EngineServer:
             case wire.Start():
                 raise wire.WireError("a second start")
 
+    def _prepare(self, message: wire.Add) -> None:
+        """Add it, once what it needs is compiled beside the steps, and unless it was finished meanwhile."""
+        prepared = self._engine.executor.prepare(message.params)
+        if prepared is None:
+            self._loop.post(lambda: self._add(message))
+            return
+        self._preparing.add(message.first_id)
+
+        def done(prepared: Future[None]) -> None:
+            with suppress(ForetellError):  # the loop has stopped
+                self._loop.post(lambda: self._add_prepared(message, prepared))
+
+        prepared.add_done_callback(done)
+
     # -- the loop's thread --------------------------------------------------------------------------
+
+    def _add_prepared(self, message: wire.Add, prepared: Future[None]) -> None:
+        if message.first_id not in self._preparing:
+            return
+        self._preparing.discard(message.first_id)
+        error = None if prepared.cancelled() else prepared.exception()
+        if error is not None:
+            self._send(wire.Refused(message.first_id, one_line(error)))
+        else:
+            self._add(message)
 
     def _add(self, message: wire.Add) -> None:
         try:

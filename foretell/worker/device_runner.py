@@ -20,6 +20,7 @@ from foretell.core.messages import Added, Batch, Chunk, ChunkResult
 from foretell.core.params import SamplingParams
 from foretell.kernels.base import KVLayer
 from foretell.worker.device_sampler import DrawPlan, draw_tokens
+from foretell.worker.pooling import embedding_of, pool_chunk
 from foretell.worker.prompt_logprobs import gather_prompt_logprobs
 from foretell.worker.sampler import Sampler
 from foretell.worker.state import RequestState
@@ -27,6 +28,7 @@ from foretell.worker.step_buffers import StepBuffers, StepLayout, step_layout
 from foretell.worker.step_ends import StepEnds, step_ends
 
 if TYPE_CHECKING:
+    from foretell.grammar.compiler import GrammarCompiler
     from foretell.model.transformer import Transformer
     from foretell.worker.cuda_graphs import StepGraphs
 
@@ -76,6 +78,7 @@ class DeviceRunner:
         self.draws = DrawPlan(config.max_num_seqs, device, in_flight=IN_FLIGHT)
         self.sampler = Sampler(self.vocab_size)
         self.states: dict[int, RequestState] = {}
+        self.grammars: GrammarCompiler | None = None  # set by who knows the tokenizer
         self.slots: dict[int, int] = {}
         self.free_slots = list(range(config.max_num_seqs))[::-1]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -161,7 +164,7 @@ class DeviceRunner:
             self._add(added)
 
     def _add(self, added: Added) -> None:
-        self.states[added.request_id] = RequestState(added, self.num_groups)
+        self.states[added.request_id] = RequestState(added, self.num_groups, self.grammars)
         self.slots[added.request_id] = self.free_slots.pop()
 
     def _forward(self, chunks: list[Chunk], states: list[RequestState], ring: int) -> Tensor:
@@ -187,7 +190,7 @@ class DeviceRunner:
     @staticmethod
     def _graph_size(graphs: StepGraphs, states: list[RequestState]) -> int:
         """Sequences of the smallest graph that holds these; 0: none does, or they want more than tokens."""
-        if any(state.prompt_logprobs_due for state in states):
+        if any(state.prompt_logprobs_due or state.params.pooling for state in states):
             return 0
         return graphs.size_for(len(states))
 
@@ -274,7 +277,7 @@ class DeviceRunner:
         drawn, on_cpu = [], []
         for row, (chunk, state) in enumerate(zip(batch.chunks, states, strict=True)):
             params = state.params
-            if not chunk.sample:
+            if not chunk.sample or params.pooling is not None:
                 continue
             if params.reshapes_logits or params.logprobs is not None:
                 on_cpu.append(row)
@@ -301,6 +304,8 @@ class DeviceRunner:
     def _prompt_logprobs(self, chunks: list[Chunk], states: list[RequestState], hidden: Tensor) -> None:
         at = 0
         for chunk, state in zip(chunks, states, strict=True):
+            if state.params.pooling is not None:
+                pool_chunk(state, chunk, hidden[at : at + chunk.length])
             if state.prompt_logprobs_due:  # rare, and waits for the device
                 gather_prompt_logprobs(self.model, state, chunk, hidden[at : at + chunk.length])
             at += chunk.length
@@ -323,11 +328,12 @@ class DeviceRunner:
             if not chunk.sample:
                 continue
             result = chosen.get(row)
-            if result is None:
+            if state.params.pooling is not None:
+                result = ChunkResult(state.id, embedding=embedding_of(state))
+            elif result is None:
                 error = NOT_FINITE if token < 0 else None
                 result = ChunkResult(state.id, None if token < 0 else token, error=error)
-            if result.token_id is not None:
-                state.append(result.token_id)
+            state.take(result)
             if state.prompt_logprobs_due:
                 result.prompt_logprobs = state.prompt_logprobs
                 state.prompt_logprobs_due = False

@@ -10,11 +10,13 @@ import torch
 
 from foretell.core.messages import Batch, Chunk, ChunkResult
 from foretell.kernels.base import BatchContext, KVGroupView, KVLayer
+from foretell.worker.pooling import embedding_of, pool_chunk
 from foretell.worker.prompt_logprobs import gather_prompt_logprobs
 from foretell.worker.sampler import Sampler
 from foretell.worker.state import RequestState
 
 if TYPE_CHECKING:
+    from foretell.grammar.compiler import GrammarCompiler
     from foretell.model.transformer import Transformer
 
 
@@ -30,6 +32,7 @@ class ModelRunner:
         self.block_size = block_size
         self.num_groups = len(model.spec.kv_groups)
         self.states: dict[int, RequestState] = {}
+        self.grammars: GrammarCompiler | None = None  # set by who knows the tokenizer
         self.sampler = Sampler(model.spec.vocab_size)
         self._torch_threads = torch_threads
         self.parts: dict[str, float] = {}  # seconds of the last batch by component
@@ -42,7 +45,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[ChunkResult]:
-        """Compute the batch; results for chunks that sample, or failed, in batch order."""
+        """Compute the batch; results for chunks that sample, pool or failed."""
         started = time.perf_counter()
         self._take_in(batch)
         token_ids, context = self._inputs(batch.chunks)
@@ -65,7 +68,7 @@ class ModelRunner:
         for request_id in batch.removed:
             self.states.pop(request_id, None)
         for added in batch.added:
-            self.states[added.request_id] = RequestState(added, self.num_groups)
+            self.states[added.request_id] = RequestState(added, self.num_groups, self.grammars)
 
     def _inputs(self, chunks: list[Chunk]) -> tuple[torch.Tensor, BatchContext]:
         """Token ids [M] and the batch's context."""
@@ -123,15 +126,18 @@ class ModelRunner:
             state = self.states[chunk.request_id]
             if state.prompt_logprobs_due:
                 gather_prompt_logprobs(self.model, state, chunk, hidden[start:end])
-            if chunk.sample:
+            if state.params.pooling is not None:
+                pool_chunk(state, chunk, hidden[start:end])
+                if chunk.sample:
+                    results.append(ChunkResult(state.id, embedding=embedding_of(state)))
+            elif chunk.sample:
                 rows.append(end - 1)
                 sampled.append(state)
         if not rows:
             return results
         logits = self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
         for state, result in zip(sampled, self.sampler(logits, sampled), strict=True):
-            if result.token_id is not None:
-                state.append(result.token_id)
+            state.take(result)
             if state.prompt_logprobs_due:
                 result.prompt_logprobs = state.prompt_logprobs
                 state.prompt_logprobs_due = False

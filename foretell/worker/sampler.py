@@ -1,7 +1,7 @@
 """Logits → next tokens, for all rows of a batch at once.
 
-Order, as vLLM's: logit_bias, allowed and banned tokens, penalties, temperature, min-p, top-k, top-p, then one
-draw. A draw uses one uniform number, a hash of the request's seed and the output index: the same seed
+Order, as vLLM's: the output's form, logit_bias, allowed and banned tokens, penalties, temperature, min-p, top-k,
+top-p, then one draw. A draw uses one uniform number, a hash of the request's seed and the output index: the same seed
 gives the same text whatever else is in the batch, and after a preemption.
 """
 
@@ -43,11 +43,13 @@ class Sampler:
         logprobs = self._logprobs(logits, tokens, states)
         results = []
         for state, token, ok, item in zip(states, tokens.tolist(), finite.tolist(), logprobs, strict=True):
-            if not ok:
+            if state.form_error:
+                results.append(ChunkResult(state.id, error=state.form_error))
+            elif not ok:
                 error = "the model's logits are not finite: the weights or the dtype are unsuitable"
                 results.append(ChunkResult(state.id, error=error))
             elif token < 0:
-                error = "no token may be sampled: bans, biases and allowed tokens exclude every one"
+                error = "no token may be sampled: bans, allowed tokens and the output's form exclude every one"
                 results.append(ChunkResult(state.id, error=error))
             else:
                 results.append(ChunkResult(state.id, token, item))
@@ -59,8 +61,9 @@ class Sampler:
         shaped = [i for i, s in enumerate(states) if s.params.reshapes_logits]
         if shaped:
             logits = logits.clone()
+            forms = apply_forms(logits, states)
             for i in shaped:
-                apply_bans_and_biases(logits[i], states[i])
+                apply_bans_and_biases(logits[i], states[i], must_end=i in forms)
             apply_penalties(logits, states)
             best, tokens = logits.max(dim=-1)
             tokens = torch.where(best > NEG_INF, tokens, -1)
@@ -108,7 +111,30 @@ def _has_penalties(state: RequestState) -> bool:
     return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
 
 
-def apply_bans_and_biases(row: Tensor, state: RequestState) -> None:
+def apply_forms(logits: Tensor, states: list[RequestState]) -> set[int]:
+    """Exclude, in place on logits [R, vocab], what the forms of outputs do not allow. Rows whose output is complete
+    and can only end are returned: there min_tokens has no say."""
+    rows = [i for i, s in enumerate(states) if s.form is not None]
+    if not rows:
+        return set()
+    masks, must_end = [], set()
+    for i in rows:
+        state = states[i]
+        assert state.form is not None
+        allowed = state.form.allowed()
+        state.form_error = state.form.error
+        if state.params.min_tokens and state.form.only_ends(allowed):
+            must_end.add(i)
+        masks.append(allowed)
+    banned = ~torch.from_numpy(np.stack(masks))
+    if len(rows) == len(logits):
+        logits.masked_fill_(banned, NEG_INF)
+    else:
+        logits[rows] = logits[rows].masked_fill_(banned, NEG_INF)
+    return must_end
+
+
+def apply_bans_and_biases(row: Tensor, state: RequestState, *, must_end: bool = False) -> None:
     """logit_bias, allowed_token_ids, bad words and min_tokens, in place on one row [vocab]."""
     p, vocab = state.params, row.shape[0]
     if p.logit_bias:
@@ -125,7 +151,7 @@ def apply_bans_and_biases(row: Tensor, state: RequestState) -> None:
         begins = len(prefix) <= state.num_outputs and recent[len(recent) - len(prefix) :].tolist() == prefix
         if begins and word[-1] < vocab:
             row[word[-1]] = NEG_INF
-    if state.num_outputs < p.min_tokens:
+    if state.num_outputs < p.min_tokens and not must_end:
         row[[t for t in p.stop_ids if 0 <= t < vocab]] = NEG_INF
 
 

@@ -6,17 +6,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from foretell.core.messages import Added, TokenLogprobs
+from foretell.core.messages import Added, ChunkResult, TokenLogprobs
+from foretell.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from foretell.grammar.compiler import GrammarCompiler
+    from foretell.grammar.matcher import FormMatcher
+
 
 class RequestState:
     """Rebuilt from an ``Added`` after a preemption: nothing here cannot be derived from the tokens."""
 
-    def __init__(self, added: Added, num_groups: int) -> None:
+    def __init__(self, added: Added, num_groups: int, grammars: GrammarCompiler | None = None) -> None:
+        """``grammars``: where the requests' forms are compiled; they are ready when a request arrives here."""
         self.id = added.request_id
         self.params = added.params
         self.prompt_len = len(added.prompt_token_ids)
@@ -29,6 +34,11 @@ class RequestState:
         # prompt log-probabilities gathered so far, one per prompt token from the second on
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs_due = self.params.prompt_logprobs is not None and not added.output_token_ids
+        self.form: FormMatcher | None = None  # what the output must look like
+        self.form_error = ""  # why it cannot be followed
+        if self.params.structured is not None:
+            self._open_form(added, grammars)
+        self.pooled: Tensor | None = None  # [h] float64 on the CPU: of the prompt's hidden states so far
         self._seen: SeenTokens | None = None  # made when a penalty first asks
         self._bias: tuple[Tensor, Tensor] | None = None
         self._allowed: Tensor | None = None
@@ -48,6 +58,24 @@ class RequestState:
         self.num_tokens += 1
         if self._seen is not None:
             self._seen.add_output(token_id)
+
+    def take(self, result: ChunkResult) -> None:
+        """Append a sampled token, and tell whether it completes the form of the output."""
+        if result.token_id is None:
+            return
+        self.append(result.token_id)
+        if self.form is not None:
+            self.form.accept(result.token_id)
+            result.ended = self.form.ended
+
+    def _open_form(self, added: Added, grammars: GrammarCompiler | None) -> None:
+        if grammars is None or self.params.structured is None:
+            self.form_error = "structured output is not available in this engine"
+            return
+        try:
+            self.form = grammars.matcher(self.params.structured, added.output_token_ids)
+        except InvalidRequestError as error:  # this request fails alone
+            self.form_error = str(error)
 
     def seen_tokens(self) -> SeenTokens:
         """For penalties; kept up to date by ``append``."""
