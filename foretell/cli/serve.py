@@ -93,6 +93,10 @@ def serve(
     load_format: o.Format = "auto",
     tp: o.TP = 1,
     pp: o.PP = 1,
+    replicas: Annotated[
+        int,
+        typer.Option(min=1, help="Engines that share the load; each has its own memory.", rich_help_panel="Engine"),
+    ] = 1,
     step_log: Annotated[
         Path | None, typer.Option(help="Append a JSON line per step to this file.", rich_help_panel="Engine")
     ] = None,
@@ -146,6 +150,7 @@ def serve(
         engine,
         config,
         drain_seconds=drain_seconds,
+        replicas=replicas,
         watch=Watch(stall_seconds=stall_seconds, hang_seconds=max(stall_seconds, hang_seconds)),
         on_phase=report.phase,
         on_ready=report.ready,

@@ -12,6 +12,7 @@ from foretell.cli import units
 if TYPE_CHECKING:
     from foretell.server.config import ServerConfig
     from foretell.server.engine_client import EngineClient
+    from foretell.server.replicas import ReplicaSet
 
 
 class StartReport:
@@ -36,7 +37,7 @@ class StartReport:
         if self._status is not None:
             self._status.update(f"starting {self._model} … {', '.join(self._phases)}")
 
-    def ready(self, client: EngineClient, url: str) -> None:
+    def ready(self, client: EngineClient | ReplicaSet, url: str) -> None:
         """The whole report, once."""
         from rich.console import Console
         from rich.table import Table
@@ -51,7 +52,7 @@ class StartReport:
         Console(stderr=True, highlight=False).print(table)
         self._phases.clear()
 
-    def _lines(self, client: EngineClient, url: str) -> list[tuple[str, str]]:
+    def _lines(self, client: EngineClient | ReplicaSet, url: str) -> list[tuple[str, str]]:
         ready, config = client.ready, self._config
         at_full_length = ready.kv_tokens / ready.max_tokens_per_request
         phases = ", ".join(p for p in self._phases if not p.endswith("0.00"))
@@ -60,7 +61,7 @@ class StartReport:
         names = ", ".join(config.served_model_names)
         reach = "from this machine only" if url.startswith(("http://127.", "http://[::1]")) else f"host {config.host}"
         return [
-            ("model", f"{names}  [dim]context {ready.max_tokens_per_request:,} tokens[/dim]"),
+            ("model", f"{names}  [dim]context {ready.max_tokens_per_request:,} tokens{_copies(client)}[/dim]"),
             ("weights", weights),
             ("KV cache", f"{units.binary_bytes(ready.kv_bytes)}, {ready.dtype}: {ready.kv_tokens:,} tokens, "
                          f"or {at_full_length:.1f} sequences of full length; up to {ready.max_num_seqs} run at once"),
@@ -69,3 +70,9 @@ class StartReport:
             ("start-up", f"{time.perf_counter() - self._started:.2f} s  [dim]{phases}[/dim]"),
             ("URL", f"[bold]{url}/v1[/bold]  [dim]{keys}, {reach}; Ctrl-C ends it[/dim]"),
         ]  # fmt: skip
+
+
+def _copies(client: EngineClient | ReplicaSet) -> str:
+    """How many engines there are, of which the figures are one's."""
+    count = len(getattr(client, "replicas", ()))
+    return f"; {count} replicas, each of them:" if count else ""

@@ -48,7 +48,8 @@ def decode_attention(
     qkv_ptr, stride_m, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps,
     k_cache_ptr, v_cache_ptr, tables_ptr, stride_t, kv_lens_ptr,
     out_ptr, parts_ptr, arrived_ptr, scale, window, H, G,
-    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, SHARE: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
+    SHARE: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, SMALLEST: tl.constexpr,
     NORM: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
+from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError
 from foretell.executor.parallel import ParallelExecutor, ready_of
 from foretell.parallel.layout import make_layout, rank_parameters
@@ -73,7 +73,3 @@ def weights_of(executor: ParallelExecutor) -> tuple[int, str, str]:
     formats = sorted({part for rank in ready for part in rank.weight_format.removesuffix(" as shipped").split("+")})
     shipped = " as shipped" if any(rank.weight_format.endswith("as shipped") for rank in ready) else ""
     return sum(rank.weight_bytes for rank in ready), "+".join(formats) + shipped, ready[0].kernels
-
-
-def usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,6 +16,7 @@ import uvicorn
 from foretell.errors import ConfigError
 from foretell.server.app import create_app
 from foretell.server.engine_client import EngineClient
+from foretell.server.replicas import ReplicaSet, make_replicas
 
 if TYPE_CHECKING:
     from foretell.assembly import EngineOptions
@@ -32,7 +33,7 @@ _ADVICE = {
 }
 
 OnPhase = Callable[[str, float], None]
-OnReady = Callable[[EngineClient, str], None]  # the engine, and the URL that is listened on
+OnReady = Callable[[EngineClient | ReplicaSet, str], None]  # the engine, and the URL that is listened on
 
 
 def serve(
@@ -40,6 +41,7 @@ def serve(
     config: ServerConfig,
     *,
     drain_seconds: float = 30.0,
+    replicas: int = 1,
     watch: Watch | None = None,
     on_phase: OnPhase = lambda name, seconds: None,
     on_ready: OnReady = lambda client, url: None,
@@ -47,7 +49,11 @@ def serve(
 ) -> int:
     """Serve until a signal ends it; returns the exit status. ForetellError if it cannot start."""
     with listen(config.host, config.port) as listener:
-        client = EngineClient(options, max_queue=config.max_queue, watch=watch, **client_options)
+        client: EngineClient | ReplicaSet
+        if replicas > 1:
+            client = make_replicas(options, replicas, max_queue=config.max_queue, watch=watch)
+        else:
+            client = EngineClient(options, max_queue=config.max_queue, watch=watch, **client_options)
         server = Server(client, config, listener, drain_seconds)
         return _run(server.run(on_phase, on_ready))
 
@@ -95,7 +101,7 @@ class Server:
     """Signals, in order: the first drains (requests under way have ``drain_seconds``), the second ends at once."""
 
     def __init__(
-        self, client: EngineClient, config: ServerConfig, listener: socket.socket, drain_seconds: float
+        self, client: EngineClient | ReplicaSet, config: ServerConfig, listener: socket.socket, drain_seconds: float
     ) -> None:
         self.client = client
         self.config = config

@@ -1,0 +1,252 @@
+"""Several engines behind one TextEngine: requests go where their beginning is cached, unless that one is too busy."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from array import array
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from hashlib import blake2b
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foretell.assembly import EngineOptions, default_kv_bytes
+from foretell.cpus import usable_cpus
+from foretell.errors import ConfigError, InvalidRequestError, OverloadedError, UnavailableError
+from foretell.server.engine_client import EngineClient
+from foretell.server.supervisor import ENGINE_COMMAND, Watch
+from foretell.server.text_engine import EngineAbout
+from foretell.tracking import Update
+
+if TYPE_CHECKING:
+    from foretell.core.params import SamplingParams
+    from foretell.prompts import Prompt, PromptPreparer
+    from foretell.server import wire
+    from foretell.store import Tokenizer
+
+PIECE_TOKENS, PIECE_CHARS = 64, 256  # a beginning is remembered piece by piece, each with all before it
+MAX_PIECES = 64
+REMEMBERED = 32_768  # pieces per replica
+AHEAD = 4  # unfinished outputs that the best-cached replica may have more than the idlest
+
+SUMMED = ("running", "waiting", "requests", "kv_blocks", "kv_blocks_held", "unfinished", "restarts", "steps",
+          "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits")  # fmt: skip
+
+
+class Beginnings:
+    """Which beginnings of prompts one replica has seen of late, the least recent forgotten first."""
+
+    def __init__(self, capacity: int = REMEMBERED) -> None:
+        self.capacity = capacity
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+
+    def matching(self, pieces: Sequence[bytes]) -> int:
+        """How many of the pieces, from the first on."""
+        return next((i for i, piece in enumerate(pieces) if piece not in self._seen), len(pieces))
+
+    def note(self, pieces: Sequence[bytes]) -> None:
+        for piece in pieces:
+            self._seen[piece] = None
+            self._seen.move_to_end(piece)
+        while len(self._seen) > self.capacity:
+            self._seen.popitem(last=False)
+
+    def clear(self) -> None:
+        self._seen.clear()
+
+
+def pieces_of(prompt: Prompt) -> list[bytes]:
+    """Chained hashes of the prompt's full pieces: equal beginnings give equal hashes."""
+    return list(_pieces(prompt))
+
+
+def _pieces(prompt: Prompt) -> Iterator[bytes]:
+    text = isinstance(prompt, str)
+    size = PIECE_CHARS if text else PIECE_TOKENS
+    digest = b"text" if text else b"ids"
+    for at in range(0, min(len(prompt) // size, MAX_PIECES) * size, size):
+        part = prompt[at : at + size]
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else array("q", part).tobytes()
+        digest = blake2b(digest + data, digest_size=12).digest()
+        yield digest
+
+
+class ReplicaSet:
+    """A ``TextEngine`` of equal engines. One that dies is restarted by its own supervisor; requests that had no
+    answer yet are tried on another."""
+
+    about: EngineAbout
+    preparer: PromptPreparer
+    ready: wire.Ready
+
+    def __init__(self, replicas: Sequence[EngineClient]) -> None:
+        self.replicas = list(replicas)
+        self._beginnings = [Beginnings() for _ in replicas]
+        self._restarts = [0] * len(self.replicas)
+        self._unfinished = [0] * len(self.replicas)
+        self._turn = count()
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    async def start(self, on_phase: Callable[[str, float], None] = lambda name, seconds: None) -> None:
+        """All at once; the phases that are told are the first one's. The first error ends them all."""
+        silent: Callable[[str, float], None] = lambda name, seconds: None  # noqa: E731
+        starts = [asyncio.create_task(r.start(silent if i else on_phase)) for i, r in enumerate(self.replicas)]
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            raise
+        first = self.replicas[0]
+        self.about, self.preparer, self.ready = first.about, first.preparer, first.ready
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.replicas[0].tokenizer
+
+    def drain(self) -> None:
+        for replica in self.replicas:
+            replica.drain()
+
+    def end_all(self, reason: str) -> None:
+        for replica in self.replicas:
+            replica.end_all(reason)
+
+    async def close(self, grace_seconds: float = 5.0) -> None:
+        await asyncio.gather(*(replica.close(grace_seconds) for replica in self.replicas))
+
+    # -- requests -----------------------------------------------------------------------------------
+
+    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        self.replicas[0].check(prompt_token_ids, params)
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        timeout_seconds: float | None = None,
+    ) -> AsyncIterator[Update]:
+        """See ``TextEngine``. A replica that refuses, or dies before it said anything, is passed over."""
+        pieces = pieces_of(prompt)
+        refusals: list[OverloadedError | UnavailableError] = []
+        for index in self.order(pieces):
+            replica, begun = self.replicas[index], False
+            self._unfinished[index] += params.n
+            try:
+                updates = replica.stream(prompt, params, priority=priority, timeout_seconds=timeout_seconds)
+                async with aclosing(updates):  # type: ignore[type-var]  # an async generator, whatever its type says
+                    async for update in updates:
+                        if not begun:
+                            self._beginnings[index].note(pieces)
+                        begun = True
+                        yield update
+                return
+            except (OverloadedError, UnavailableError) as error:
+                if begun:
+                    raise
+                refusals.append(error)
+            finally:
+                self._unfinished[index] -= params.n
+        raise next((e for e in refusals if isinstance(e, OverloadedError)), refusals[0])
+
+    def order(self, pieces: Sequence[bytes]) -> list[int]:
+        """The replicas to try, best first: the longest cached beginning among those that are not far busier than
+        the idlest; then the idlest; in turn where all is equal."""
+        self._forget_restarted()
+        idlest, turn = min(self._unfinished), next(self._turn)
+        size = len(self.replicas)
+
+        def rank(index: int) -> tuple[bool, int, int, int]:
+            busy = self._unfinished[index]
+            matching = self._beginnings[index].matching(pieces) if busy <= idlest + AHEAD else 0
+            return (not self.replicas[index].is_running, -matching, busy, (index - turn) % size)
+
+        return sorted(range(size), key=rank)
+
+    def _forget_restarted(self) -> None:
+        """A new engine process begins with an empty cache."""
+        for index, replica in enumerate(self.replicas):
+            restarts = replica.supervisor.restarts
+            if restarts != self._restarts[index]:
+                self._restarts[index] = restarts
+                self._beginnings[index].clear()
+
+    # -- administration -----------------------------------------------------------------------------
+
+    async def control(self, command: str, **arguments: Any) -> Any:
+        """On every replica that runs; the first one's answer."""
+        running = [replica for replica in self.replicas if replica.is_running]
+        if not running:
+            raise UnavailableError("no replica is running: try again in a few seconds")
+        answers = await asyncio.gather(*(r.control(command, **arguments) for r in running), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, InvalidRequestError):
+                raise answer
+        found = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not found:
+            raise UnavailableError("no replica answered: try again in a few seconds")
+        return found[0]
+
+    def stats(self) -> Mapping[str, Any]:
+        """Sums over the replicas; ``kv_usage`` is the mean; ``replicas`` has each one's own."""
+        each = [replica.stats() for replica in self.replicas]
+        preemptions: dict[str, int] = {}
+        for stats in each:
+            for reason, number in stats.get("preemptions", {}).items():
+                preemptions[reason] = preemptions.get(reason, 0) + number
+        return {
+            **each[0],
+            **{name: sum(stats.get(name, 0) for stats in each) for name in SUMMED},
+            "kv_usage": sum(stats.get("kv_usage", 0.0) for stats in each) / len(each),
+            "preemptions": preemptions,
+            "replicas": each,
+        }
+
+    @property
+    def is_running(self) -> bool:
+        return any(replica.is_running for replica in self.replicas)
+
+    @property
+    def is_ready(self) -> bool:
+        return any(replica.is_ready for replica in self.replicas)
+
+    @property
+    def is_healthy(self) -> bool:
+        """All are: one that hangs must be seen."""
+        return all(replica.is_healthy for replica in self.replicas)
+
+
+def make_replicas(options: EngineOptions, count: int, *, max_queue: int, watch: Watch | None) -> ReplicaSet:
+    """Equal engines that share this machine: threads and KV memory in equal parts, or a GPU each. ConfigError if
+    there are GPUs, but too few."""
+    devices = visible_gpus() if options.device != "cpu" else []
+    if devices and count > len(devices):
+        raise ConfigError(f"{count} replicas need a GPU each and {len(devices)} are here: lower --replicas")
+    if not devices:
+        options = replace(
+            options,
+            num_threads=max(1, (options.num_threads or usable_cpus()) // count),
+            kv_cache_bytes=max(1, (options.kv_cache_bytes or default_kv_bytes()) // count),
+        )
+    replicas = []
+    for index in range(count):
+        place = ["env", f"CUDA_VISIBLE_DEVICES={devices[index]}"] if devices else []
+        command = [*place, *ENGINE_COMMAND]
+        replicas.append(EngineClient(options, max_queue=-(-max_queue // count), watch=watch, command=command))
+    return ReplicaSet(replicas)
+
+
+def visible_gpus() -> list[str]:
+    """NVIDIA GPUs that a process started here may use, as CUDA_VISIBLE_DEVICES names them; nothing is loaded."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip()]
+    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
