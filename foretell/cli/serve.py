@@ -75,6 +75,10 @@ def serve(
     max_logprobs: Annotated[
         int, typer.Option(min=1, help="Most alternatives per token.", rich_help_panel=_LIMITS)
     ] = 20,
+    stored_responses: Annotated[
+        int,
+        typer.Option(min=0, help="Answers of /v1/responses that are kept in memory.", rich_help_panel=_LIMITS),
+    ] = 1024,
     stall_seconds: Annotated[
         float,
         typer.Option(min=1, help="Health turns red after so long a silence of the engine.", rich_help_panel=_LIMITS),
@@ -133,6 +137,7 @@ def serve(
         max_prompt_chars=max_prompt_chars,
         max_n=max_n,
         max_logprobs=max_logprobs,
+        stored_responses=stored_responses,
     )
     engine = EngineOptions(
         model=model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes,
