@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,7 +15,7 @@ from foretell.store.aliases import DEFAULT_MODEL
 if TYPE_CHECKING:
     pass
 
-_SERVER, _LIMITS = "Server", "Limits"
+_SERVER, _LIMITS, _WATCHING = "Server", "Limits", "Watching"
 
 
 def serve(
@@ -105,6 +105,24 @@ def serve(
         Path | None, typer.Option(help="Append a JSON line per step to this file.", rich_help_panel="Engine")
     ] = None,
     offline: o.Offline = False,
+    log_format: Annotated[
+        Literal["human", "json"],
+        typer.Option(help="Lines for people, or a JSON object per line.", rich_help_panel=_WATCHING),
+    ] = "human",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        typer.Option(help="info: a line per request; never what was asked or answered.", rich_help_panel=_WATCHING),
+    ] = "info",
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            envvar="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+            show_envvar=True,
+            metavar="URL",
+            help="Send OpenTelemetry spans there; needs foretell\\[otel].",
+            rich_help_panel=_WATCHING,
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP, to OpenAI's and Anthropic's clients.
 
@@ -147,19 +165,28 @@ def serve(
     )  # fmt: skip
     resolve(model, offline=offline or None)  # with its download bar, and before anything else is loaded
     from foretell.cli.serve_report import StartReport
+    from foretell.server import logs
     from foretell.server.run import serve as serve_until_told
     from foretell.server.supervisor import Watch
+    from foretell.server.tracing import tracer_for
 
+    tracer = tracer_for(otlp_traces_endpoint)
+    logs.configure(log_format, log_level)
     report = StartReport(model, config)
-    status = serve_until_told(
-        engine,
-        config,
-        drain_seconds=drain_seconds,
-        replicas=replicas,
-        watch=Watch(stall_seconds=stall_seconds, hang_seconds=max(stall_seconds, hang_seconds)),
-        on_phase=report.phase,
-        on_ready=report.ready,
-    )
+    try:
+        status = serve_until_told(
+            engine,
+            config,
+            drain_seconds=drain_seconds,
+            replicas=replicas,
+            watch=Watch(stall_seconds=stall_seconds, hang_seconds=max(stall_seconds, hang_seconds)),
+            observers=(logs.AccessLog(),) if tracer is None else (logs.AccessLog(), tracer),
+            on_phase=report.phase,
+            on_ready=report.ready,
+        )
+    finally:
+        if tracer is not None:
+            tracer.close()
     sys.stdout.flush()
     raise typer.Exit(status)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,6 @@ class StartReport:
 
             self._status = Console(stderr=True).status(f"starting {model} …", refresh_per_second=4)
             self._status.start()
-        logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
 
     def phase(self, name: str, seconds: float) -> None:
         """A phase of the engine's start is done."""

@@ -8,7 +8,7 @@ import errno
 import gc
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -21,6 +21,7 @@ from foretell.server.replicas import ReplicaSet, make_replicas
 if TYPE_CHECKING:
     from foretell.assembly import EngineOptions
     from foretell.server.config import ServerConfig
+    from foretell.server.story import Observer
     from foretell.server.supervisor import Watch
 
 BACKLOG = 2048
@@ -43,6 +44,7 @@ def serve(
     drain_seconds: float = 30.0,
     replicas: int = 1,
     watch: Watch | None = None,
+    observers: Sequence[Observer] = (),
     on_phase: OnPhase = lambda name, seconds: None,
     on_ready: OnReady = lambda client, url: None,
     **client_options: Any,
@@ -54,7 +56,7 @@ def serve(
             client = make_replicas(options, replicas, max_queue=config.max_queue, watch=watch)
         else:
             client = EngineClient(options, max_queue=config.max_queue, watch=watch, **client_options)
-        server = Server(client, config, listener, drain_seconds)
+        server = Server(client, config, listener, drain_seconds, observers)
         return _run(server.run(on_phase, on_ready))
 
 
@@ -101,12 +103,18 @@ class Server:
     """Signals, in order: the first drains (requests under way have ``drain_seconds``), the second ends at once."""
 
     def __init__(
-        self, client: EngineClient | ReplicaSet, config: ServerConfig, listener: socket.socket, drain_seconds: float
+        self,
+        client: EngineClient | ReplicaSet,
+        config: ServerConfig,
+        listener: socket.socket,
+        drain_seconds: float,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.client = client
         self.config = config
         self.listener = listener
         self.drain_seconds = drain_seconds
+        self.observers = observers
         self._http: _Uvicorn | None = None
         self._starting: asyncio.Task[None] | None = None
         self._signal: int | None = None
@@ -135,7 +143,7 @@ class Server:
             await self.client.close(grace_seconds=0.0 if forced else 5.0)
 
     async def _serve(self) -> None:
-        app = create_app(self.client, self.config)
+        app = create_app(self.client, self.config, observers=self.observers)
         self._http = _Uvicorn(
             uvicorn.Config(
                 app,
