@@ -15,7 +15,7 @@ from foretell.server.local_engine import LocalTextEngine
 from tests.server.client import run
 from tests.server.live import serving
 from tests.server.strict import strictly
-from tests.server.test_responses_client import offline
+from tests.server.test_responses_client import Pick, offline
 
 KEY = "sk-of-the-tests"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -139,3 +139,12 @@ def test_versions_from_before_this_interface_are_refused(url: str, version: str 
     headers = {"x-api-key": KEY} | ({"anthropic-version": version} if version else {})
     body = {"model": "tiny", "max_tokens": 1, "messages": HELLO}
     assert httpx.post(f"{url}/v1/messages", headers=headers, json=body).status_code == status
+
+
+def test_answers_are_parsed_into_a_model_of_the_client(client: anthropic.Anthropic) -> None:
+    asked: dict[str, Any] = {**GREEDY, "max_tokens": 200, "messages": HELLO, "output_format": Pick}
+    whole = client.messages.parse(**asked)
+    assert isinstance(whole.parsed_output, Pick)
+    assert whole.stop_reason == "end_turn"
+    with client.messages.stream(**asked) as stream:
+        assert stream.get_final_message().parsed_output == whole.parsed_output

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from openai.types.responses import Response
 
@@ -166,3 +168,39 @@ def test_errors_are_the_clients_own_kinds(client: openai.OpenAI) -> None:
     assert caught.value.param == "tools.0"
     with pytest.raises(openai.BadRequestError, match="not among the tools"):
         client.responses.create(model="tiny", input="x", tool_choice={"type": "function", "name": "f"})
+
+
+class Pick(pydantic.BaseModel):
+    """Small enough for dummy weights to come to an end."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    colour: Literal["red", "green"]
+    big: bool
+
+
+def test_answers_are_parsed_into_a_model_of_the_client(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "temperature": 0, "input": "Pick.", "text_format": Pick}
+    whole = client.responses.parse(**asked)
+    assert isinstance(whole.output_parsed, Pick)
+    assert whole.status == "completed"
+    assert whole.text.format.type == "json_schema"
+    with client.responses.stream(**asked) as stream:
+        assert stream.get_final_response().output_parsed == whole.output_parsed
+
+
+def test_any_json_object_may_be_asked_for(client: openai.OpenAI) -> None:
+    form: Any = {"format": {"type": "json_object"}}
+    answer = client.responses.create(**{**GREEDY, "max_output_tokens": 200}, input="Hello", text=form)
+    assert answer.output_text.lstrip().startswith("{")
+    if answer.status == "completed":
+        assert isinstance(json.loads(answer.output_text), dict)
+
+
+def test_schemas_have_limits_here_too(client: openai.OpenAI) -> None:
+    deep: dict[str, Any] = {"type": "object"}
+    for _ in range(40):
+        deep = {"type": "object", "properties": {"a": deep}}
+    form: Any = {"format": {"type": "json_schema", "name": "deep", "schema": deep}}
+    with pytest.raises(openai.BadRequestError, match="nested deeper") as caught:
+        client.responses.create(**GREEDY, input="x", text=form)
+    assert caught.value.param in ("text.format.schema", None)
