@@ -11,6 +11,7 @@ from foretell.server import answering
 from foretell.server.answering import function_tool, json_form
 from foretell.server.chat import ChatRequest
 from foretell.server.conversation import Conversation, Message, parsed_arguments, read_arguments
+from foretell.server.protocol.responses import ResponsesRequest
 from foretell.server.responses_events import new_id
 from foretell.server.sampling import check_count, refused
 
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
     from foretell.core.structured import StructuredOutput
     from foretell.server.config import ServerConfig
     from foretell.server.context import Server
-    from foretell.server.protocol.responses import Content, InputItem, ResponsesRequest
+    from foretell.server.protocol.responses import Content, InputItem, InputTokensRequest
 
 _LOGPROBS = "message.output_text.logprobs"
 
 
-def conversation(request: ResponsesRequest, previous: Sequence[Message] = ()) -> list[Message]:
+def conversation(request: InputTokensRequest, previous: Sequence[Message] = ()) -> list[Message]:
     """The chat messages: instructions, then what went before, then this request's input."""
     talk = Conversation(previous)
     if isinstance(request.input, str):
@@ -62,33 +63,34 @@ def text_of(content: Content) -> str:
     return "\n".join(part.refusal if part.type == "refusal" else part.text for part in content)
 
 
-def chat_request(request: ResponsesRequest, previous: Sequence[Message], server: Server) -> ChatRequest:
+def chat_request(request: InputTokensRequest, previous: Sequence[Message], server: Server) -> ChatRequest:
     """What to ask of the engine; ApiError or InvalidRequestError for what is beyond the limits, or makes no sense."""
     tools, choice = tools_and_choice(request)
+    params = {"structured": _structured(request, server.config)}
+    if isinstance(request, ResponsesRequest):
+        params |= _params(request, server.config)
+    return answering.chat_request(request, server, conversation(request, previous), tools, choice, **params)
+
+
+def _params(request: ResponsesRequest, config: ServerConfig) -> dict[str, Any]:
     wants_logprobs = _LOGPROBS in (request.include or ()) or bool(request.top_logprobs)
-    check_count("top_logprobs", request.top_logprobs or 0, server.config.max_logprobs)
-    return answering.chat_request(
-        request,
-        server,
-        conversation(request, previous),
-        tools,
-        choice,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        max_tokens=request.max_output_tokens,
-        logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
-        structured=_structured(request, server.config),
-    )
+    check_count("top_logprobs", request.top_logprobs or 0, config.max_logprobs)
+    return {
+        "temperature": 1.0 if request.temperature is None else request.temperature,
+        "top_p": 1.0 if request.top_p is None else request.top_p,
+        "max_tokens": request.max_output_tokens,
+        "logprobs": (request.top_logprobs or 0) if wants_logprobs else None,
+    }
 
 
-def _structured(request: ResponsesRequest, config: ServerConfig) -> StructuredOutput | None:
+def _structured(request: InputTokensRequest, config: ServerConfig) -> StructuredOutput | None:
     form = request.text.format if request.text else None
     if form is None or form.type == "text":
         return None
     return json_form("text.format.schema", None if form.type == "json_object" else form.schema_, config)
 
 
-def tools_and_choice(request: ResponsesRequest) -> tuple[list[dict[str, Any]], Any]:
+def tools_and_choice(request: InputTokensRequest) -> tuple[list[dict[str, Any]], Any]:
     """Tools as chat knows them, less those that ``allowed_tools`` leaves out, and the choice."""
     tools = [_chat_tool(tool) for tool in request.tools or ()]
     choice: Any = request.tool_choice or "auto"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
-from openai.types.responses import Response
+from openai.types.responses import InputTokenCountResponse, Response
 
 from foretell.core.params import SamplingParams
 from foretell.server.config import ServerConfig
@@ -145,6 +145,21 @@ def test_logprobs_come_with_the_text(client: openai.OpenAI) -> None:
     streamed = [entry for one in events if one.type == "response.output_text.delta" for entry in one.logprobs]
     names = [entry.token for entry in part.logprobs]
     assert [entry.token for entry in streamed] == names[: len(streamed)]
+
+
+def test_inputs_are_counted_as_they_are_used(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "input": "Hello", "instructions": "Be brief."}
+    first = client.responses.create(**asked, max_output_tokens=2)
+    counted = client.responses.input_tokens.count(**asked)
+    strictly(InputTokenCountResponse, counted.to_dict(mode="python"))
+    assert counted.input_tokens == first.usage.input_tokens
+    on = client.responses.input_tokens.count(model="tiny", input="And?", previous_response_id=first.id)
+    assert (
+        on.input_tokens
+        == client.responses.create(
+            model="tiny", input="And?", previous_response_id=first.id, max_output_tokens=1
+        ).usage.input_tokens
+    )
 
 
 def test_the_async_client(url: str, tiny: LocalTextEngine) -> None:

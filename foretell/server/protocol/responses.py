@@ -220,33 +220,38 @@ Include = Literal[
 ]
 
 
-class ResponsesRequest(Extras):
+class InputTokensRequest(Extras):
+    """What a prompt is made of. Fields that shape only the answer do not count."""
+
     model: str | None = None
     input: Input
     instructions: str | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    previous_response_id: str | None = None
+    reasoning: Reasoning | None = None
+    conversation: Annotated[None, BeforeValidator(unsupported("use previous_response_id"))] = None
+
+
+class ResponsesRequest(InputTokensRequest):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: list[Include] | None = None
-    text: TextConfig | None = None
-    truncation: Literal["auto", "disabled"] | None = None
-    previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    # accepted, because what they may say here changes nothing
-    background: Literal[False] | None = None  # nothing runs on after its client has left
-    conversation: Annotated[None, BeforeValidator(unsupported("use previous_response_id"))] = None
-    max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # counts built-in tools, of which there are none
     prompt: Annotated[None, BeforeValidator(unsupported("no prompts are kept here: send the text"))] = None
+    background: Literal[False] | None = None  # nothing runs on after its client has left
+    # accepted, because what they may say here changes nothing
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # counts built-in tools, of which there are none
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
-    reasoning: Reasoning | None = None
     safety_identifier: str | None = None
     service_tier: Literal["auto", "default"] | None = None
     user: str | None = None

@@ -109,3 +109,8 @@ class DeletedResponse(Response):
     id: str
     object: Literal["response"]
     deleted: Literal[True]
+
+
+class InputTokens(Response):
+    object: Literal["response.input_tokens"]
+    input_tokens: int

@@ -17,8 +17,8 @@ from foretell.server.errors import ApiError, as_api_error, told
 from foretell.server.limits import parse
 from foretell.server.logprobs import TokenNames, chat_logprobs
 from foretell.server.openapi import ENGINE_ERRORS, describe
-from foretell.server.protocol.responses import ResponsesRequest
-from foretell.server.protocol.responses_answers import DeletedResponse, ResponseObject
+from foretell.server.protocol.responses import InputTokensRequest, ResponsesRequest
+from foretell.server.protocol.responses_answers import DeletedResponse, InputTokens, ResponseObject
 from foretell.server.response_store import ResponseStore, Stored, owner_of
 from foretell.server.responses import json_response
 from foretell.server.responses_events import Event, ResponseEvents
@@ -51,6 +51,18 @@ async def create_response(request: Request) -> Response:
     if asked.stream:
         return EventStream(answer.pieces(), answer.chat.timeout_seconds)
     return json_response(await unless_gone(request.receive, answer.whole()))
+
+
+@router.post(
+    "/v1/responses/input_tokens",
+    **describe(InputTokens, body=InputTokensRequest, summary="How many tokens an input has", tags=_TAGS),
+)
+async def count_input_tokens(request: Request) -> Response:
+    server = server_of(request)
+    asked = await parse(request, InputTokensRequest, server.config)
+    server.check_model(asked.model)
+    _, ids = await _prompt(request, server, asked)
+    return json_response(InputTokens(object="response.input_tokens", input_tokens=len(ids)))
 
 
 @router.get(
@@ -89,14 +101,7 @@ class Answer:
     async def begin(cls, request: Request, server: Server, asked: ResponsesRequest) -> Answer:
         """Everything that can be refused is refused here."""
         server.check_model(asked.model)
-        before: tuple[dict[str, Any], ...] = ()
-        if asked.previous_response_id is not None:
-            before = _previous(request, asked.previous_response_id).messages
-        chat = chat_request(asked, before, server)
-        if asked.truncation == "auto":
-            chat, ids = await fitting(server.engine, chat)
-        else:
-            ids = await prompt_ids_aside(server.engine, chat)
+        chat, ids = await _prompt(request, server, asked)
         server.engine.check(ids, answer_params(server.engine, chat))
         store, owner = store_of(request), _owner(request)
         if asked.store and not store.max_responses:
@@ -155,6 +160,16 @@ class Answer:
         top = self.asked.top_logprobs or 0
         content: list[dict[str, Any]] = chat_logprobs(entries[begin : self._seen], top, self.names)["content"]
         return content
+
+
+async def _prompt(request: Request, server: Server, asked: InputTokensRequest) -> tuple[ChatRequest, list[int]]:
+    before: tuple[dict[str, Any], ...] = ()
+    if asked.previous_response_id is not None:
+        before = _previous(request, asked.previous_response_id).messages
+    chat = chat_request(asked, before, server)
+    if asked.truncation == "auto":
+        return await fitting(server.engine, chat)
+    return chat, await prompt_ids_aside(server.engine, chat)
 
 
 def store_of(request: Request) -> ResponseStore:
