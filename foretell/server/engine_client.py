@@ -188,7 +188,7 @@ class EngineClient:
         match message:
             case wire.Step(now, request_ids, token_ids, news):
                 outputs = [Output(i, t) for i, t in zip(request_ids, token_ids, strict=True)]
-                self._tracking.take(outputs + news, now)
+                self._tracking.take(news + outputs, now)  # first tokens first
             case wire.Stats(figures):
                 self._figures = figures
             case wire.Refused(first_id, text):
