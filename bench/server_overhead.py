@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import signal
 import socket
@@ -205,7 +206,7 @@ def outside_share(model: str, concurrent: int, max_tokens: int) -> dict[str, flo
             records = [r for r in await client.control("steps", keep=0) if len(r["chunks"]) == streams]
         finally:
             await client.close()
-        gaps = [b["started"] - a["finished"] for a, b in zip(records, records[1:], strict=False)]
+        gaps = [b["started"] - a["finished"] for a, b in itertools.pairwise(records)]
         steps = [r["seconds"] for r in records[1:]]
         return {
             "step_seconds": statistics.median(steps),
@@ -241,8 +242,10 @@ def main() -> None:
               f"{r['tokens_per_second']:6.0f} per second of the clock; {r['tokens_per_event']:.2f} tokens per event, "
               f"HTTP process {r['http_core_share']:.0%} busy")  # fmt: skip
     r = results["ttft"] = added_ttft(args.model, n, args.requests, args.step_seconds)
-    print(f"TTFT added among {n} streams: mean {r['added_ttft_seconds'] * 1e3:.2f} ms, "
-          f"median {r['added_ttft_median_seconds'] * 1e3:.2f} ms, worst {r['worst_ttft_seconds'] * 1e3:.2f} ms")  # fmt: skip
+    mean, median, worst = (
+        1e3 * r[k] for k in ("added_ttft_seconds", "added_ttft_median_seconds", "worst_ttft_seconds")
+    )
+    print(f"TTFT added among {n} streams: mean {mean:.2f} ms, median {median:.2f} ms, worst {worst:.2f} ms")
     if not args.skip_model:
         for streams in (1, 16):
             r = results[f"engine, {streams}"] = outside_share(args.model, streams, 128)

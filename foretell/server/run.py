@@ -169,7 +169,7 @@ class Server:
             if self._starting is not None:
                 self._starting.cancel()
         elif first:
-            self._http.should_exit = True
+            self._http.stop_listening()
             self.client.drain()
             asyncio.get_running_loop().call_later(
                 self.drain_seconds, self.client.end_all, "the server is shutting down"
@@ -181,6 +181,12 @@ class Server:
 
 class _Uvicorn(uvicorn.Server):
     """Leaves signals to us."""
+
+    def stop_listening(self) -> None:
+        """Now, and not when the main loop comes round; then finish what is under way."""
+        self.should_exit = True
+        for listening in getattr(self, "servers", ()):
+            listening.close()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
