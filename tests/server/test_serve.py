@@ -42,6 +42,13 @@ async def running(server: Served) -> str:
     return f"running {float(value):.0f}"
 
 
+async def knock_until_closed(url: str) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            async with httpx.AsyncClient() as newcomer:
+                await newcomer.get(url + "/health")
+
+
 def test_sigterm_lets_what_is_under_way_finish_and_takes_no_more() -> None:
     async def scenario() -> None:
         async with served(step_seconds=0.005) as server:
@@ -49,10 +56,7 @@ def test_sigterm_lets_what_is_under_way_finish_and_takes_no_more() -> None:
             stream = await started(server, "xy", 300)
             server.signal()
             with pytest.raises(httpx.ConnectError):
-                async with asyncio.timeout(5):
-                    while True:
-                        async with httpx.AsyncClient() as newcomer:
-                            await newcomer.get(server.url + "/health")
+                await knock_until_closed(server.url)
             answer = await stream
             assert (answer.text, answer.finish_reason, answer.done) == (expected_text("xy", 300), "length", True)
             assert await server.exit_status() == 0
