@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from typing import Any
 
 import pytest
-from openai.types import Completion, Model
+from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from foretell.server.local_engine import LocalTextEngine
@@ -79,6 +81,19 @@ def test_completions(tiny: LocalTextEngine, asked: dict[str, Any]) -> None:
         for choice in chunk["choices"]:  # null until the end, as OpenAI streams it; its type was made for whole ones
             choice["finish_reason"] = choice["finish_reason"] or "stop"
         strictly(Completion, chunk, beyond=beyond)
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_embeddings(tiny: LocalTextEngine, encoding: str) -> None:
+    body = {"model": tiny.about.model, "input": ["Hello", "you"], "encoding_format": encoding}
+    answer = request(tiny, "POST", "/v1/embeddings", json=body)
+    assert answer.status_code == 200, answer.text
+    made = answer.json()
+    for entry in made["data"]:
+        if encoding == "base64":  # the client decodes it before its own model sees it
+            raw = base64.b64decode(entry["embedding"])
+            entry["embedding"] = list(struct.unpack(f"<{len(raw) // 4}f", raw))
+    strictly(CreateEmbeddingResponse, made)
 
 
 def test_models(tiny: LocalTextEngine) -> None:

@@ -37,8 +37,8 @@ CONFIG = {
 }
 
 
-def write_model(folder: Path, template: str = TEMPLATE) -> Path:
-    """A model folder without weights: load it with load_format="dummy"."""
+def write_model(folder: Path, template: str = TEMPLATE, **config: Any) -> Path:
+    """A model folder without weights: load it with load_format="dummy". ``config`` goes over CONFIG."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -48,7 +48,7 @@ def write_model(folder: Path, template: str = TEMPLATE) -> Path:
     backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in TAGS])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": template}))
     return folder
 
@@ -64,9 +64,9 @@ def tiny_folder() -> Path:
     return write_model(folder)
 
 
-def start_tiny(**options: Any) -> LocalTextEngine:
+def start_tiny(folder: Path | None = None, **options: Any) -> LocalTextEngine:
     llm = AsyncLLM(
-        str(tiny_folder()),
+        str(folder or tiny_folder()),
         **{"load_format": "dummy", "dtype": "float32", "kv_cache_bytes": 4 << 20, "max_num_seqs": 16, **options},
     )
     return LocalTextEngine(llm)
