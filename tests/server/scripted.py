@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -35,5 +36,6 @@ class ScriptedEngine:
                 answer.token_ids.append(0)
                 answer.finish_reason = self.reason if number == len(pieces) else None
                 yield Update(output, 0, piece, (0,), answer.finish_reason)
+                await asyncio.sleep(0)  # others have their turn, as after each token of a real engine
         finally:
             self.abandoned += answer.finish_reason is None

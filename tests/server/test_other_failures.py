@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 from anthropic.types import ErrorResponse
@@ -15,8 +17,10 @@ from openai.types.responses import ResponseFailedEvent
 
 from foretell.errors import DeadlineError, OverloadedError, UnavailableError
 from foretell.server.local_engine import LocalTextEngine
-from tests.server.client import request
+from tests.server.client import request, run
+from tests.server.instant import until
 from tests.server.live import serving
+from tests.server.scripted import ScriptedEngine
 from tests.server.strict import strictly
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -147,3 +151,26 @@ def test_extras_reach_the_engine(tiny: LocalTextEngine, path: str) -> None:
         refused = ask(tiny, path, chat_template_kwargs={name: "x"})
         assert refused.status_code == 400
         assert name in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_when_its_client_leaves(tiny: LocalTextEngine, path: str, stream: bool) -> None:
+    engine: Any = ScriptedEngine(tiny, ["for ever " * 200_000], chars=1)
+
+    async def go(base: str) -> None:
+        async with httpx.AsyncClient(base_url=base, timeout=60) as client:
+            body = {"model": tiny.about.model, **BODIES[path], "stream": stream}
+            if stream:
+                async with client.stream("POST", path, json=body) as leaving:
+                    async for _ in leaving.aiter_lines():
+                        break
+            else:
+                asked = asyncio.create_task(client.post(path, json=body))
+                await until(lambda: bool(engine.prompts))
+                asked.cancel()
+                await asyncio.gather(asked, return_exceptions=True)
+        await until(lambda: engine.abandoned == 1)
+
+    with serving(engine) as base:
+        run(go(base))
