@@ -6,10 +6,18 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from foretell.errors import InvalidRequestError
+from foretell.server.tools import (
+    ToolCallDelta,
+    ToolParser,
+    detect_tool_format,
+    marker_tokens,
+    tool_choice_schema,
+    tool_parser_for,
+)
 
 if TYPE_CHECKING:
     from foretell.core.params import SamplingParams
@@ -47,16 +55,6 @@ class ChatRequest:
     @property
     def uses_tools(self) -> bool:
         return bool(self.tools) and self.tool_choice != "none"
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallDelta:
-    """A piece of tool call number ``index``; ``id`` and ``name`` come with the first, ``arguments`` in pieces."""
-
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,7 @@ async def chat_deltas(
     ``prompt_ids`` and ``TextEngine.stream``; leaving the iterator aborts the request."""
     ids = await prompt_ids_aside(engine, request) if ids is None else ids
     params = answer_params(engine, request)
-    parsers: dict[int, Any] = {}
+    parsers: dict[int, ToolParser] = {}
     called: set[int] = set()
     stream = engine.stream(ids, params, priority=request.priority, timeout_seconds=request.timeout_seconds)
     async with aclosing(stream) as updates:  # type: ignore[type-var]
@@ -131,14 +129,31 @@ async def chat_deltas(
 
 
 def answer_params(engine: TextEngine, request: ChatRequest) -> SamplingParams:
-    """The request's parameters, constrained to a tool call where one is required."""
-    if request.uses_tools:
-        raise InvalidRequestError("this engine parses no tool calls: leave tools out, or send tool_choice none")
+    """The request's parameters: constrained to a tool call where one is required, else with the marker of a call
+    left in the text where it is a special token."""
+    if not request.uses_tools:
+        return request.params
+    if request.tool_choice != "auto":
+        if request.params.structured is not None:
+            raise InvalidRequestError("a required tool call has a form of its own: leave out the form of the answer")
+        form = tool_choice_schema(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
+        return replace(request.params, structured=form)
+    special = engine.tokenizer.special_texts if engine.tokenizer is not None else frozenset()
+    if request.params.structured is None and special.intersection(marker_tokens(tool_format(engine))):
+        return replace(request.params, skip_special_tokens=False)
     return request.params
 
 
-def new_parser(engine: TextEngine, request: ChatRequest) -> Any:
-    raise InvalidRequestError("this engine parses no tool calls")
+def new_parser(engine: TextEngine, request: ChatRequest) -> ToolParser:
+    """For one answer; calls of tools that the request does not have come out as text."""
+    names = [tool["function"]["name"] for tool in request.tools]
+    return tool_parser_for("json" if request.tool_choice != "auto" else tool_format(engine), names)
+
+
+def tool_format(engine: TextEngine) -> str:
+    """How the model writes tool calls, by its chat template and its special tokens."""
+    special = engine.tokenizer.special_texts if engine.tokenizer is not None else frozenset()
+    return detect_tool_format(_template_source(engine), special)
 
 
 def check_prompt_chars(chars: int, limit: int) -> None:

@@ -52,6 +52,7 @@ class Tokenizer:
         self.bos_token_id: int | None = None if bos is None else backend.token_to_id(bos)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
+        self.special_texts = frozenset(token.content for token in added.values() if token.special)
         self.decoding = decoding_of(backend)
         self._templates = {
             name: ChatTemplate(source, self.special_tokens) for name, source in (chat_templates or {}).items()
