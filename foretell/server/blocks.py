@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from foretell.server.chat import ToolCallDelta
+    from foretell.server.tools import ToolCallDelta
 
 
 @dataclass(slots=True)

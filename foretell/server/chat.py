@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from foretell.errors import InvalidRequestError
+from foretell.server.tools import ToolCallDelta as ToolCallDelta
 from foretell.server.tools import (
-    ToolCallDelta,
     ToolParser,
     detect_tool_format,
     marker_tokens,

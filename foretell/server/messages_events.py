@@ -16,7 +16,7 @@ from foretell.server.blocks import Block, BlockEvent, BlockStream
 from foretell.server.conversation import read_arguments
 
 if TYPE_CHECKING:
-    from foretell.server.chat import ToolCallDelta
+    from foretell.server.tools import ToolCallDelta
 
 Event = dict[str, Any]
 

@@ -18,7 +18,7 @@ from uuid import uuid4
 from foretell.server.blocks import Block, BlockEvent, BlockStream
 
 if TYPE_CHECKING:
-    from foretell.server.chat import ToolCallDelta
+    from foretell.server.tools import ToolCallDelta
 
 Event = dict[str, Any]
 Logprob = dict[str, Any]  # token, bytes, logprob, top_logprobs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import jsonschema
 import pytest
 
 from foretell.core.params import SamplingParams
@@ -65,3 +67,38 @@ def test_template_kwargs_set_plain_switches_only(tiny: LocalTextEngine, kwargs: 
     with pytest.raises(InvalidRequestError, match="chat_template_kwargs"):
         prompt_ids(tiny, ChatRequest(HELLO, GREEDY, template_kwargs=kwargs))
     prompt_ids(tiny, ChatRequest(HELLO, GREEDY, template_kwargs={"enable_thinking": False}))
+
+
+WEATHER = {
+    "name": "weather",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer", "maximum": 9}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+TOOLS = [{"type": "function", "function": WEATHER}, {"type": "function", "function": {"name": "now"}}]
+
+
+@pytest.mark.parametrize("choice", ["required", {"name": "weather"}])
+def test_a_required_tool_call_always_parses(tiny: LocalTextEngine, choice: Any) -> None:
+    """The model has random weights: that it calls a tool, and rightly, is the grammar's doing."""
+    for seed in range(3):
+        params = SamplingParams(temperature=1.0, max_tokens=400, seed=seed)
+        request = ChatRequest(HELLO, params, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
+        deltas = collect(tiny, request)
+        calls = [call for delta in deltas for call in delta.tool_calls]
+        assert [d.finish_reason for d in deltas if d.finish_reason] == ["tool_calls"]
+        assert "".join(d.text for d in deltas) == ""
+        assert len(calls) == 1
+        function = next(t["function"] for t in TOOLS if t["function"]["name"] == calls[0].name)
+        jsonschema.validate(json.loads(calls[0].arguments), function.get("parameters", {"maxProperties": 0}))
+
+
+def test_without_a_call_the_answer_is_text(tiny: LocalTextEngine) -> None:
+    request = ChatRequest(HELLO, GREEDY, tools=TOOLS)
+    deltas = collect(tiny, request)
+    assert tiny.tokenizer is not None
+    assert "".join(d.text for d in deltas) == deltas[-1].update.output.outputs[0].text
+    assert not any(d.tool_calls for d in deltas)

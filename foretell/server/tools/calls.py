@@ -121,7 +121,7 @@ def _nesting(text: str) -> int:
     return deepest
 
 
-def _call_of(item: object) -> Call | None:
+def _call_of(item: Any) -> Call | None:
     if not isinstance(item, dict):
         return None
     if isinstance(item.get("function"), dict):  # {"type": "function", "function": {…}}
