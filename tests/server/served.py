@@ -18,18 +18,21 @@ from tests.server.tiny import tiny_folder
 
 KEY = "a-key-for-tests"
 SCRIPT = """
-import json, sys
+import asyncio, json, signal, sys
 from foretell.assembly import EngineOptions
 from foretell.server.config import ServerConfig
 from foretell.server.run import serve
 from foretell.server.supervisor import Watch
 settings = json.loads(sys.argv[1])
+def ready(client, url):
+    print(url, client.supervisor.pid, flush=True)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: print(len(asyncio.all_tasks()), flush=True))
 sys.exit(serve(
     EngineOptions(settings["model"], **settings["engine"]),
     ServerConfig(port=0, api_keys=(settings["key"],), served_model_names=("m",), **settings["config"]),
     drain_seconds=settings["drain_seconds"],
     watch=Watch(ping_seconds=0.1, first_pause_seconds=0.05),
-    on_ready=lambda client, url: print(url, client.supervisor.pid, flush=True),
+    on_ready=ready,
     **({"command": settings["command"]} if settings["command"] else {}),
 ))
 """
@@ -44,6 +47,12 @@ class Served:
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
+
+    async def num_tasks(self) -> int:
+        """Of the server's event loop."""
+        self.process.send_signal(signal.SIGUSR1)
+        assert self.process.stdout is not None
+        return int(await asyncio.wait_for(self.process.stdout.readline(), 20))
 
     async def exit_status(self, seconds: float = 20.0) -> int:
         return await asyncio.wait_for(self.process.wait(), seconds)
