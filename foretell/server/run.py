@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -159,6 +160,7 @@ class Server:
                 timeout_graceful_shutdown=int(self.drain_seconds + LAST_WORDS_SECONDS) + 1,
             )
         )
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what is no HTTP must not fill the log
         gc.collect()
         gc.freeze()  # modules and the tokenizer stay: the collector need not look at them again
         await self._http.serve(sockets=[self.listener])
