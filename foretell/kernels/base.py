@@ -7,6 +7,7 @@ S sequences. Activations are float32 on the CPU whatever dtype weights and KV ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,6 +37,7 @@ class BatchContext:
     block_size: int
     max_query_len: int
     max_kv_len: int
+    chunks: Sequence[tuple[int, int]] = ()  # (first position, tokens) of each sequence, where the host tells
 
 
 @dataclass(slots=True)

@@ -15,9 +15,10 @@ from torch import Tensor
 from foretell.config import Activation
 from foretell.kernels import cuda_tuning, triton_decode, triton_elementwise, triton_linear, triton_prefill
 from foretell.kernels.base import BatchContext, HeadNorms, KVLayer, Linear
+from foretell.kernels.cuda_dense import DENSE_FROM, STEP, can_be_dense, dense_attention
 from foretell.kernels.cuda_tuning import power_of_two
 from foretell.kernels.reference import ReferenceKernels
-from foretell.kernels.triton_common import Scratch, launch_options, num_multiprocessors
+from foretell.kernels.triton_common import Scratch, launch_options, num_multiprocessors, set_descriptor_memory
 
 FEW_ROWS = 64  # up to here a product is bound by reading the weights, and ours is faster than cuBLAS
 BEST_BLOCK, BEST_STEPS = 1024, 4  # logits that one program of best_token looks at
@@ -63,8 +64,7 @@ class CudaLinear:
         options: dict[str, Any] = launch_options(x.device)
         units = num_multiprocessors(x.device)
         bias = self.bias
-        if rows == 1:
-            one = cuda_tuning.one_row(N, K, bool(kind), units)
+        if rows == 1 and (one := cuda_tuning.one_row(N, K, bool(kind), units)) is not None:
             triton_linear.one_row[(-(-N // one.block_n),)](
                 x, self.weight, bias, y, N, K, kind, bias is not None, one.block_n, one.block_k,
                 num_warps=one.num_warps, **options,
@@ -76,10 +76,11 @@ class CudaLinear:
         if few.splits > 1:
             parts = self.scratch.floats((2 if kind else 1) * few.splits * few.block_m * tiles * few.block_n, x.device)
             arrived = self.scratch.counters(tiles, x.device)
+        once = -(-K // few.block_k) <= few.splits
         triton_linear.few_rows[(tiles, few.splits)](
             x, x.stride(0), self.weight, bias, y, parts, arrived, rows, N, K,
             kind, bias is not None, _precision(x), few.block_m, few.block_n, few.block_k, few.splits,
-            few.weights_first, few.ahead, few.stages, num_warps=few.num_warps, **options,
+            few.weights_first, once, few.ahead, few.stages, num_warps=few.num_warps, **options,
         )  # fmt: skip
         return y
 
@@ -158,8 +159,43 @@ class CudaKernels(ReferenceKernels):
             return self._decode(qkv, q.shape[1], norms, rotation, kv, context, scale, window)
         self._place(qkv, q.shape[1], norms, rotation, kv, context)
         H, G, D = q.shape[1], kv.k.shape[1], q.shape[2]
-        heads = qkv.view(len(qkv), H + 2 * G, D)
-        return self.attention(heads[:, :H], kv, context, scale, window)
+        q, k, v = torch.split(qkv.view(len(qkv), H + 2 * G, D), [H, G, G], dim=1)
+        whole = [n if first == 0 else 0 for first, n in context.chunks]  # chunks with nothing before them
+        if not whole or q.element_size() != 2:
+            return self.attention(q, kv, context, scale, window)
+        if not can_be_dense(D) or (window is not None and window < max(whole)):
+            if all(whole) and power_of_two(D) == D:
+                return self.fresh_attention(q, k, v, context, scale, window)
+            return self.attention(q, kv, context, scale, window)
+        return self._dense_and_paged(q, k, v, kv, context, scale, window)
+
+    def _dense_and_paged(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv: KVLayer,
+        context: BatchContext,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Long chunks with nothing before them one by one through the library's kernel, the others in one of ours."""
+        long = [first == 0 and n >= DENSE_FROM for first, n in context.chunks]
+        if not any(long):
+            return self.attention(q, kv, context, scale, window)
+        lengths = {n for _, n in context.chunks}
+        if all(long) and len(lengths) == 1 and (len(long) == 1 or next(iter(lengths)) % STEP == 0):
+            return dense_attention(q, k, v, lengths.pop(), scale)
+        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        if not all(long):
+            self._paged(q, kv, context, scale, window, out, DENSE_FROM)
+        at = 0
+        for (_, n), own in zip(context.chunks, long, strict=True):
+            if own:
+                part = slice(at, at + n)
+                out[part] = dense_attention(q[part], k[part], v[part], n, scale)
+            at += n
+        return out
 
     def _decode(
         self,
@@ -179,6 +215,7 @@ class CudaKernels(ReferenceKernels):
         how = cuda_tuning.decode(S * G, D, num_multiprocessors(qkv.device), longest)
         share = H // G
         block_h, block_d = power_of_two(share, 16), power_of_two(D, 16)
+        lines = power_of_two(max(D * kv.k.element_size() // 128, 1))
         cos, sin = rotation if rotation is not None else (qkv, qkv)
         R = cos.shape[1] if rotation is not None else 0
         parts = self.scratch.floats(S * G * how.splits * block_h * (2 + block_d), qkv.device)
@@ -187,7 +224,7 @@ class CudaKernels(ReferenceKernels):
             qkv, qkv.stride(0), cos, sin, *_norm_arguments(norms, qkv), kv.k, kv.v, tables, tables.stride(0),
             context.kv_lens, out, parts, arrived, scale, window or 0, H, G, block_size, D, R, block_d, share, block_h,
             how.block_n, how.splits, power_of_two(how.splits), how.smallest, norms is not None, window is not None,
-            _precision(qkv), how.stages, num_warps=how.num_warps, **launch_options(qkv.device),
+            _precision(qkv), how.stages, lines, how.ahead, num_warps=how.num_warps, **launch_options(qkv.device),
         )  # fmt: skip
         return out
 
@@ -212,11 +249,26 @@ class CudaKernels(ReferenceKernels):
         )  # fmt: skip
 
     def attention(self, q: Tensor, kv: KVLayer, context: BatchContext, scale: float, window: int | None) -> Tensor:
+        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        self._paged(q, kv, context, scale, window, out, 0)
+        return out
+
+    def _paged(
+        self,
+        q: Tensor,
+        kv: KVLayer,
+        context: BatchContext,
+        scale: float,
+        window: int | None,
+        out: Tensor,
+        skip_from: int,
+    ) -> None:
+        """Attention over the cache, into ``out``; chunks of ``skip_from`` tokens or more with nothing before them are
+        left alone (0: none is)."""
         M, H, D = q.shape
         G, block_size = kv.k.shape[1], kv.k.shape[2]
         if q.stride(2) != 1 or q.stride(1) != D:
             q = q.contiguous()
-        out = torch.empty(M, H * D, dtype=q.dtype, device=q.device)
         how = cuda_tuning.prefill(D, q.element_size())
         share, pack = H // G, 1
         while share % (2 * pack) == 0 and pack < how.block_m // 16:
@@ -226,8 +278,25 @@ class CudaKernels(ReferenceKernels):
         tiles = min(M // rows + S, S * -(-context.max_query_len // rows))
         triton_prefill.paged_prefill[(tiles, H // pack)](
             q, q.stride(0), kv.k, kv.v, tables, tables.stride(0), context.query_starts, context.kv_lens, out,
-            scale, window or 0, S, H, G, block_size, D, power_of_two(D, 16), share, pack,
+            scale, window or 0, S, H, G, skip_from, block_size, D, power_of_two(D, 16), share, pack,
             how.block_m, how.block_n, power_of_two(S), window is not None, _precision(q), how.stages,
+            num_warps=how.num_warps, **launch_options(q.device),
+        )  # fmt: skip
+
+    def fresh_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, context: BatchContext, scale: float, window: int | None
+    ) -> Tensor:
+        """``attention`` where every sequence's chunk is all there is of it so far, placed heads and all: keys and
+        values are read where they were made. q [M, H, D], k and v [M, G, D], views of one product."""
+        M, H, D = q.shape
+        share, S = H // k.shape[1], context.kv_lens.shape[0]
+        how = cuda_tuning.fresh(D)
+        out = torch.empty(M, H * D, dtype=q.dtype, device=q.device)
+        tiles = min(M // how.block_m + S, S * -(-context.max_query_len // how.block_m))
+        set_descriptor_memory(q.device)
+        triton_prefill.fresh_prefill[(tiles, H)](
+            q, k, v, q.stride(0), context.query_starts, out, scale, window or 0, M, S, H,
+            D, share, how.block_m, how.block_n, power_of_two(S), window is not None, how.stages,
             num_warps=how.num_warps, **launch_options(q.device),
         )  # fmt: skip
         return out

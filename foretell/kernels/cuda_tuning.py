@@ -1,6 +1,6 @@
 """Which tile sizes the Triton kernels are launched with: rules measured by bench/gpu/kernels.py, no search at start.
 
-The rules go by shape class, so that an unknown model or card gets something sensible.
+The rules go by shape class, so that an unknown model or card gets something sensible. Figures in comments: an H200.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Decode:
     smallest: int  # keys that are worth a program
     stages: int
     num_warps: int
+    ahead: int  # tiles of keys asked for before the inputs are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,36 +49,50 @@ def power_of_two(n: int, at_least: int = 1) -> int:
     return max(at_least, 1 << (n - 1).bit_length())
 
 
-def one_row(N: int, K: int, gated: bool, multiprocessors: int) -> OneRow:
-    block_k = min(power_of_two(K, 16), 1024)
-    block_n = 8 if not gated else 4
-    while block_n > 1 and block_n * 2 * multiprocessors > N:
-        block_n //= 2
-    return OneRow(block_n, block_k, 4)
+def one_row(N: int, K: int, gated: bool, multiprocessors: int) -> OneRow | None:
+    """A program keeps 16 KiB of loads open, as many rows as that takes: 4.6 TB/s on a large head. None: a K that
+    powers of two fit badly is better off with the tiles of ``few_rows``, unless the layer is small."""
+    waste = power_of_two(K) - K if K < 2048 else -K % 2048
+    if waste * 4 > K and N * K * (4 if gated else 2) > 48 << 20:
+        return None
+    if K < 2048:
+        block_k = power_of_two(K, 16) if waste * 4 <= K or not gated else 512
+        return OneRow(8 if gated else 4, block_k, 4)
+    if gated:
+        return OneRow(2, 2048, 4)
+    few_and_long = 8 * multiprocessors >= N and K > 2048
+    return OneRow(1, 4096, 4) if few_and_long else OneRow(4, 2048, 4)
 
 
 def few_rows(M: int, N: int, K: int, gated: bool, multiprocessors: int) -> FewRows:
-    """Enough programs for every multiprocessor: by narrower tiles first, then by splitting K."""
-    block_m = power_of_two(M, 16)
-    block_n = 32 if block_m == 16 else 64
-    if gated and block_n > 32:
-        block_n = 32
-    block_k = 128 if block_m >= 32 else 256
-    block_k = min(block_k, power_of_two(K, 16))
+    """Weights as the wgmma operand of 64 rows; K split until nearly every multiprocessor has a program."""
+    block_m, tiles = power_of_two(M, 16), -(-N // 64)
+    if 2048 <= K <= 8192 and 2 * N * K <= 8 << 20 and not gated and block_m <= 32:
+        # a small layer: each program has one tile of it in registers before the inputs come
+        return FewRows(block_m, 32, 512, -(-K // 512), 1, 4, False, 64)
+    if gated:
+        if block_m == 16 and K <= 1024 and 4 * N * K <= 16 << 20:
+            return FewRows(block_m, 32, 512, -(-K // 512), 1, 4, False, 64)
+        return FewRows(block_m, 64, 128, 1, 4, 4, True, 256)
+    if tiles >= 4 * multiprocessors:
+        return FewRows(block_m, 128, 128, 1, 4, 8, True, 256)
     splits = 1
-    tiles = -(-N // block_n)
-    while tiles * splits < 2 * multiprocessors and splits < 8 and block_k * 4 * splits <= K:
+    while tiles * splits * 2 <= 1.2 * multiprocessors and 1024 * splits <= K and splits < 8:
         splits *= 2
-    return FewRows(block_m, block_n, block_k, splits, 4, 4, False, 256)
+    return FewRows(block_m, 64, 128, splits, 6, 4, True, 256)
 
 
 def decode(pairs: int, D: int, multiprocessors: int, max_kv_len: int) -> Decode:
-    """``pairs``: sequences times KV heads. More splits than the longest sequence can use only cost launches."""
-    block_n = 64 if D <= 128 else 32
+    """``pairs``: sequences times KV heads. A launch is for all lengths: programs without keys leave at once, and each
+    has keys enough to be worth the merging of parts."""
+    if pairs >= 4 * multiprocessors:
+        return Decode(128, 1, 128, 2, 8, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
+    if pairs >= multiprocessors:
+        return Decode(64, 2, 256, 3, 4, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
     splits = 1
-    while pairs * splits < 4 * multiprocessors and splits < 64 and splits * block_n < max_kv_len:
+    while pairs * splits < 2 * multiprocessors and splits < 32 and splits * 128 < max_kv_len:
         splits *= 2
-    return Decode(block_n, splits, block_n, 3, 4)
+    return Decode(128, splits, 128, 2, 8, 1) if D <= 128 else Decode(128, splits, 128, 3, 4, 1)
 
 
 def prefill(D: int, itemsize: int) -> Prefill:
@@ -85,10 +100,10 @@ def prefill(D: int, itemsize: int) -> Prefill:
         return Prefill(32, 32, 2, 4)
     if D > 128:
         return Prefill(64, 64, 2, 4)
-    return Prefill(128, 64, 3, 8)
+    return Prefill(128, 128, 2, 8)
 
 
 def fresh(D: int) -> Prefill:
     if D > 128:
         return Prefill(128, 64, 2, 8)
-    return Prefill(128, 128, 2, 8)
+    return Prefill(128, 128, 3, 8)

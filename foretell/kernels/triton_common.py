@@ -36,6 +36,11 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     return {"PDL": overlap, "launch_pdl": overlap} if not INTERPRETED else {"PDL": False}
 
 
+def set_descriptor_memory(device: torch.device) -> None:
+    """Where a kernel that makes tensor descriptors keeps them."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+
+
 @triton.jit
 def let_next_start(PDL: tl.constexpr):
     if PDL:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from foretell.kernels.triton_common import let_next_start, wait_for_inputs
+from foretell.kernels.triton_common import let_next_start, prefetch, wait_for_inputs
 
 
 @triton.jit
@@ -48,13 +48,14 @@ def decode_attention(
     qkv_ptr, stride_m, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps,
     k_cache_ptr, v_cache_ptr, tables_ptr, stride_t, kv_lens_ptr,
     out_ptr, parts_ptr, arrived_ptr, scale, window, H, G,
-    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
-    SHARE: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, SMALLEST: tl.constexpr,
-    NORM: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, SHARE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    SMALLEST: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    LINES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences · G, SPLITS). qkv [S, (H + 2G)·D] → out [S, H·D]; the new token's k and v go to the cache.
-    SHARE = H / G query heads. A sequence of length 0 is padding: zeros, nothing is kept.
+    SHARE = H / G query heads. LINES: 128-byte lines of a head, AHEAD: tiles of keys asked for early. A sequence of
+    length 0 is padding: zeros, nothing is kept.
 
     parts: m and l [S·G, SPLITS, BLOCK_H], then sums [S·G, SPLITS, BLOCK_H, BLOCK_D], float32.
     """
@@ -62,7 +63,8 @@ def decode_attention(
     pair, split = tl.program_id(0), tl.program_id(1)
     seq, group = (pair // G).to(tl.int64), pair % G
     h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-    wait_for_inputs(PDL)
+    # The step's lengths and tables, and the cache of earlier steps, were complete before the projection began (it
+    # lets this kernel start only then): they are read, and the first keys asked for, while it still runs.
     length = tl.load(kv_lens_ptr + seq)
     old = length - 1  # keys in the cache; the last one is in qkv
     first = 0
@@ -72,18 +74,33 @@ def decode_attention(
     span = old - start
     stretch = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, SMALLEST)
     splits = tl.maximum(tl.cdiv(span, stretch), 1)
+    if split >= splits:
+        return
+    table = tables_ptr + seq * stride_t
+    per_block = G * BLOCK_SIZE * D
+    begin = start + split * stretch
+    end = tl.minimum(begin + stretch, old)
+    n = tl.arange(0, BLOCK_N)
+    if PDL:
+        line = tl.arange(0, LINES) * (D // LINES)
+        for tile in tl.static_range(AHEAD):
+            soon = begin + tile * BLOCK_N + n
+            wanted = (soon >= first) & (soon < end)
+            paged = tl.load(table + soon // BLOCK_SIZE, mask=wanted, other=0).to(tl.int64)
+            lines_at = tl.where(wanted, paged * per_block + (group * BLOCK_SIZE + soon % BLOCK_SIZE) * D, 0)
+            prefetch(k_cache_ptr + lines_at[:, None] + line[None, :], PDL)
+            prefetch(v_cache_ptr + lines_at[:, None] + line[None, :], PDL)
+    wait_for_inputs(PDL)
     heads_inside = h < SHARE
     out_at = out_ptr + seq * H * D + (group * SHARE + h)[:, None] * D + d[None, :]
     out_mask = heads_inside[:, None] & (d < D)[None, :]
     if length <= 0:
         if split == 0:
             tl.store(out_at, tl.zeros((BLOCK_H, BLOCK_D), out_ptr.dtype.element_ty), mask=out_mask)
-    elif split < splits:
+    else:
         row = qkv_ptr + seq * stride_m
         cos, sin = cos_ptr + seq * R, sin_ptr + seq * R
         q = _head_rows(row, group * SHARE + h, heads_inside, cos, sin, q_weight_ptr, eps, D, R, BLOCK_D, NORM)
-        table = tables_ptr + seq * stride_t
-        per_block = G * BLOCK_SIZE * D
         m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         l = tl.zeros((BLOCK_H,), tl.float32)  # noqa: E741
         total = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
@@ -100,9 +117,6 @@ def decode_attention(
             m = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * (scale * 1.4426950408889634)
             l += 1.0  # noqa: E741
             total += v_new.to(tl.float32)
-        begin = start + split * stretch
-        end = tl.minimum(begin + stretch, old)
-        n = tl.arange(0, BLOCK_N)
         for at in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
             key = at + n
             seen = key < end
@@ -131,7 +145,8 @@ def decode_attention(
             sums_ptr = parts_ptr + pairs.to(tl.int64) * SPLITS * 2 * BLOCK_H
             tl.store(parts_ptr + here * 2 * BLOCK_H + h, m)
             tl.store(parts_ptr + here * 2 * BLOCK_H + BLOCK_H + h, l)
-            tl.store(sums_ptr + (here * BLOCK_H + h[:, None]) * BLOCK_D + d[None, :], total)
+            sums_at = sums_ptr + (here * BLOCK_H + h[:, None]) * BLOCK_D + d[None, :]
+            tl.store(sums_at, total, mask=heads_inside[:, None])
             tl.debug_barrier()
             if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu") == splits - 1:
                 tl.debug_barrier()
@@ -156,9 +171,14 @@ def _merge(
     highest = tl.max(ms, axis=0)
     norm = tl.sum(ls * tl.exp2(ms - highest[None, :]), axis=0)
     mixed = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    for part in range(splits):
-        m = tl.load(parts_ptr + (here + part) * 2 * BLOCK_H + h, cache_modifier=".cg")
-        share = tl.exp2(m - highest) / norm
-        sums = sums_ptr + ((here + part) * BLOCK_H + h[:, None]) * BLOCK_D + d[None, :]
-        mixed += tl.load(sums, cache_modifier=".cg") * share[:, None]
+    for four in range(0, splits, 4):
+        for i in tl.static_range(4):  # loads of four parts are under way at once
+            part = four + i
+            m = tl.load(
+                parts_ptr + (here + part) * 2 * BLOCK_H + h,
+                mask=(h < BLOCK_H) & (part < splits), other=float("-inf"), cache_modifier=".cg",
+            )  # fmt: skip
+            sums = sums_ptr + ((here + part) * BLOCK_H + h[:, None]) * BLOCK_D + d[None, :]
+            own = tl.load(sums, mask=out_mask & (part < splits), other=0.0, cache_modifier=".cg")
+            mixed += own * (tl.exp2(m - highest) / norm)[:, None]
     tl.store(out_at, mixed, mask=out_mask)

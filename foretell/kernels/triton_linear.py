@@ -21,7 +21,6 @@ def one_row(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [N] = x [K] · w [N, K]ᵀ + bias; with KIND, w is [gate; up] of 2N rows and y = act(gate) · up."""
-    let_next_start(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = n < N
@@ -32,6 +31,7 @@ def one_row(
     if KIND != "":
         gated = tl.load(rows + far + k, mask=inside[:, None] & (k < K), other=0.0, eviction_policy="evict_first")
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     total = w.to(tl.float32) * x
     total_up = gated.to(tl.float32) * x
@@ -57,18 +57,28 @@ def one_row(
 
 
 @triton.jit
+def _added(total, x, w, WEIGHTS_FIRST: tl.constexpr, EXACT: tl.constexpr):
+    """total + x [M, K] · w [N, K]ᵀ, or its transpose."""
+    if WEIGHTS_FIRST:
+        total = tl.dot(w, tl.trans(x), total, input_precision=EXACT)
+    else:
+        total = tl.dot(x, tl.trans(w), total, input_precision=EXACT)
+    return total
+
+
+@triton.jit
 def few_rows(
     x_ptr, stride_x, w_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr, M, N, K,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-    WEIGHTS_FIRST: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr, ONCE: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] · w [N, K]ᵀ + bias, M ≤ BLOCK_M; KIND as in ``one_row``.
 
     WEIGHTS_FIRST: the product is computed transposed, weights being the operand with many rows (wgmma wants 64).
+    ONCE: a program's share of K is one BLOCK_K, whose weights are loaded before the inputs are there; else
     AHEAD: elements of each weight row that are asked for before the inputs are there.
     """
-    let_next_start(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
@@ -79,13 +89,6 @@ def few_rows(
     end = tl.minimum(begin + per_split * BLOCK_K, K)
     rows = w_ptr + tl.where(n < N, n, 0).to(tl.int64)[:, None] * K
     far = N.to(tl.int64) * K
-    if PDL:
-        line = begin + tl.arange(0, AHEAD // 64) * 64
-        line = tl.where(line < K, line, 0)
-        prefetch(rows + line[None, :], PDL)
-        if KIND != "":
-            prefetch(rows + far + line[None, :], PDL)
-    wait_for_inputs(PDL)
     x_rows = x_ptr + tl.where(m < M, m, 0)[:, None].to(tl.int64) * stride_x
     if WEIGHTS_FIRST:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -93,20 +96,36 @@ def few_rows(
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         total_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        at = start + k
-        x = tl.load(x_rows + at[None, :], mask=at[None, :] < K, other=0.0)
-        w = tl.load(rows + at[None, :], mask=at[None, :] < K, other=0.0)
-        if WEIGHTS_FIRST:
-            total = tl.dot(w, tl.trans(x), total, input_precision=EXACT)
-        else:
-            total = tl.dot(x, tl.trans(w), total, input_precision=EXACT)
+    if ONCE:
+        at = begin + k
+        held = (at < end)[None, :]
+        w = tl.load(rows + at[None, :], mask=held, other=0.0)
+        up = w
         if KIND != "":
-            up = tl.load(rows + far + at[None, :], mask=at[None, :] < K, other=0.0)
-            if WEIGHTS_FIRST:
-                total_up = tl.dot(up, tl.trans(x), total_up, input_precision=EXACT)
-            else:
-                total_up = tl.dot(x, tl.trans(up), total_up, input_precision=EXACT)
+            up = tl.load(rows + far + at[None, :], mask=held, other=0.0)
+        wait_for_inputs(PDL)
+        let_next_start(PDL)
+        x = tl.load(x_rows + at[None, :], mask=held, other=0.0)
+        total = _added(total, x, w, WEIGHTS_FIRST, EXACT)
+        if KIND != "":
+            total_up = _added(total_up, x, up, WEIGHTS_FIRST, EXACT)
+    else:
+        if PDL:
+            line = begin + tl.arange(0, AHEAD // 64) * 64
+            line = tl.where(line < K, line, 0)
+            prefetch(rows + line[None, :], PDL)
+            if KIND != "":
+                prefetch(rows + far + line[None, :], PDL)
+        wait_for_inputs(PDL)
+        let_next_start(PDL)
+        for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+            at = start + k
+            x = tl.load(x_rows + at[None, :], mask=at[None, :] < K, other=0.0)
+            w = tl.load(rows + at[None, :], mask=at[None, :] < K, other=0.0)
+            total = _added(total, x, w, WEIGHTS_FIRST, EXACT)
+            if KIND != "":
+                up = tl.load(rows + far + at[None, :], mask=at[None, :] < K, other=0.0)
+                total_up = _added(total_up, x, up, WEIGHTS_FIRST, EXACT)
     if WEIGHTS_FIRST:
         total, total_up = tl.trans(total), tl.trans(total_up)
     inside = (m < M)[:, None] & (n < N)[None, :]

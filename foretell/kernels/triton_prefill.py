@@ -15,13 +15,17 @@ from foretell.kernels.triton_common import let_next_start, wait_for_inputs
 
 
 @triton.jit
-def _tile_of(starts_ptr, S, wanted, ROWS: tl.constexpr, BLOCK_S: tl.constexpr):
+def _tile_of(starts_ptr, kv_lens_ptr, S, skip_from, wanted, ROWS: tl.constexpr, BLOCK_S: tl.constexpr):
     """The sequence and the tile in it that a program works on, tiles of ROWS tokens: (sequence, tile), the last
-    tiles of a sequence, which see the most keys, first. Sequence ≥ S: nothing left to do."""
+    tiles of a sequence, which see the most keys, first. Sequence ≥ S: nothing left to do. Chunks of skip_from tokens
+    or more with nothing before them are left to others; 0: none are."""
     s = tl.arange(0, BLOCK_S)
     begin = tl.load(starts_ptr + s, mask=s < S, other=0)
     end = tl.load(starts_ptr + s + 1, mask=s < S, other=0)
     tiles = tl.cdiv(end - begin, ROWS)
+    if skip_from > 0:
+        length = tl.load(kv_lens_ptr + s, mask=s < S, other=0)
+        tiles = tl.where((length == end - begin) & (length >= skip_from), 0, tiles)
     until = tl.cumsum(tiles, axis=0)
     seq = tl.sum((until <= wanted).to(tl.int32), axis=0)
     mine = s == seq
@@ -43,7 +47,7 @@ def _softmax_step(scores, m, l):  # noqa: E741
 @triton.jit
 def paged_prefill(
     q_ptr, stride_m, k_cache_ptr, v_cache_ptr, tables_ptr, stride_t, starts_ptr, kv_lens_ptr, out_ptr,
-    scale, window, S, H, G,
+    scale, window, S, H, G, skip_from,
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SHARE: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, WINDOW: tl.constexpr,
     EXACT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -56,7 +60,7 @@ def paged_prefill(
     let_next_start(PDL)
     wait_for_inputs(PDL)
     ROWS: tl.constexpr = BLOCK_M // PACK
-    seq, tile = _tile_of(starts_ptr, S, tl.program_id(0), ROWS, BLOCK_S)
+    seq, tile = _tile_of(starts_ptr, kv_lens_ptr, S, skip_from, tl.program_id(0), ROWS, BLOCK_S)
     if seq < S:
         head = tl.program_id(1) * PACK
         group = head // SHARE
@@ -123,7 +127,7 @@ def fresh_prefill(
     position 0, so the keys of a chunk are its own. D a power of 2."""
     let_next_start(PDL)
     wait_for_inputs(PDL)
-    seq, tile = _tile_of(starts_ptr, S, tl.program_id(0), BLOCK_M, BLOCK_S)
+    seq, tile = _tile_of(starts_ptr, starts_ptr, S, 0, tl.program_id(0), BLOCK_M, BLOCK_S)
     if seq < S:
         head = tl.program_id(1)
         begin, end = tl.load(starts_ptr + seq), tl.load(starts_ptr + seq + 1)

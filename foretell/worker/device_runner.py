@@ -180,7 +180,7 @@ class DeviceRunner:
         max_query_len = max([chunk.length for chunk in chunks])
         max_kv_len = max([chunk.start + chunk.length for chunk in chunks])
         self.ends.unpack(self.buffers, layout, max_query_len, num_new)
-        hidden = self._hidden(layout, max_query_len, max_kv_len)
+        hidden = self._hidden(layout, max_query_len, max_kv_len, [(chunk.start, chunk.length) for chunk in chunks])
         self._prompt_logprobs(chunks, states, hidden)
         if not decode:
             last = self.buffers.staging[layout.query_starts][1:] - 1
@@ -200,8 +200,11 @@ class DeviceRunner:
         self.ends.unpack(self.buffers, layout, 1, None)
         return self._greedy(layout, self._hidden(layout, 1, self.config.max_model_len))
 
-    def _hidden(self, layout: StepLayout, max_query_len: int, max_kv_len: int) -> Tensor:
+    def _hidden(
+        self, layout: StepLayout, max_query_len: int, max_kv_len: int, chunks: Sequence[tuple[int, int]] = ()
+    ) -> Tensor:
         context = self.buffers.context(layout, max_query_len, max_kv_len)
+        context.chunks = chunks
         return self.model.forward(self.buffers.token_ids[: layout.num_tokens], context, self.kv)
 
     def _greedy(self, layout: StepLayout, hidden: Tensor) -> Tensor:

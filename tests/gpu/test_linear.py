@@ -43,7 +43,7 @@ def test_linear(kernels, device, rows, N, K, dtype):
     w = torch.randn(N, K, device=device).to(dtype)
     bias = torch.randn(N, device=device)
     exact = x.double() @ w.double().T
-    tolerance = 1e-6 if dtype is torch.float32 else 4e-3
+    tolerance = 3e-6 if dtype is torch.float32 else 4e-3
     for _ in range(2):  # the second time on what the first left behind
         near(kernels.pack_linear(w, None)(x), exact, tolerance)
     near(kernels.pack_linear(w, bias)(x), exact + bias.double(), tolerance)
