@@ -14,7 +14,14 @@ import jsonschema
 import pytest
 
 from foretell import LLM, AsyncLLM, SamplingParams, StructuredOutput
+from foretell.config import SchedulerConfig
+from foretell.core.engine import Engine
 from foretell.errors import InvalidRequestError
+from foretell.executor.replay import ReplayExecutor, replay
+from foretell.grammar.compiler import GrammarCompiler
+from foretell.store import load_tokenizer, resolve
+from tests.model import test_device_runner as device
+from tests.model import test_whatever_happens_around as plain
 from tests.schemas import random_schema
 from tests.server.tiny import tiny_folder
 
@@ -194,3 +201,43 @@ def test_asyncio_goes_on_while_a_grammar_is_compiled() -> None:
 
 
 SLOW = StructuredOutput.json_schema({"type": "integer", "multipleOf": 99_999_989})  # minutes, and gigabytes
+
+
+@pytest.mark.parametrize("runner", ["plain", "device"])
+def test_forms_on_both_runners_and_the_twin_agrees(runner: str) -> None:
+    """The twin replays the log of a run whose requests end by their forms, not by a token."""
+    tokenizer = load_tokenizer(resolve(str(tiny_folder())))  # the model's vocabulary is larger
+    config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=16, max_model_len=128, block_size=4)
+    events: list[Any] = []
+    engine: Engine
+    if runner == "plain":
+        engine = plain.make_engine(config, 60, events)
+    else:
+        engine = device.make_engine(config, 60, events, padded=True)
+    executor: Any = engine.executor
+    executor.use_grammars(GrammarCompiler(lambda: tokenizer, 1024))
+    try:
+        forms = [StructuredOutput.regex("[a-d]{2,5}!"), StructuredOutput.choice(["yes", "no"]), None]
+        for i in range(6):
+            engine.add(i, [5 + i, 6, 7], SamplingParams(structured=forms[i % 3], max_tokens=30, seed=i))
+        tokens: dict[int, list[int]] = {}
+        reasons = {}
+        steps = 0
+        while engine.has_work:
+            for output in engine.step():
+                tokens.setdefault(output.request_id, []).append(output.token_id or 0)
+                reasons[output.request_id] = output.finish_reason
+            steps += 1
+            if steps == 3 and runner == "plain":
+                engine.preempt(engine.scheduler.running[0].id)
+    finally:
+        executor.grammars.close()
+    assert tokenizer is not None
+    texts = [tokenizer.decode(tokens[i]) for i in range(6)]
+    for i, pattern in ((0, "[a-d]{2,5}!"), (3, "[a-d]{2,5}!"), (1, "yes|no"), (4, "yes|no")):
+        assert re.fullmatch(pattern, texts[i]), texts
+        assert reasons[i] == "stop"
+    assert reasons[2] == reasons[5] == "length"
+    twin = ReplayExecutor((60,), depth=executor.depth, chain=executor.chain)
+    replay(events, Engine(config, twin))
+    assert plain.trace_of(twin.submitted) == plain.trace_of(executor.batches)
