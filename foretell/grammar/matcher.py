@@ -27,6 +27,7 @@ class FormMatcher:
         self._end_ids = [i for i in end_ids if i < vocab_size]
         self._words = np.zeros((vocab_size + 1 + 31) // 32, dtype=np.uint32)  # one bit per token
         self._seconds = 0.0
+        self.longest_seconds = 0.0  # CPU time of the costliest step so far
         self.error = ""
         self.ended = False
         for token in output_ids:
@@ -60,6 +61,7 @@ class FormMatcher:
     def _spend(self, seconds: float) -> None:
         """One request's form must not hold up the others in its batch for long."""
         self._seconds += seconds
+        self.longest_seconds = max(self.longest_seconds, seconds)
         if seconds > STEP_SECONDS or self._seconds > TOTAL_SECONDS:
             self._fail("it takes too much time")
 
