@@ -33,3 +33,20 @@ def generation_bar(total: int | None) -> Iterator[Callable[[int], None]]:
             bar.update(task, advance=1, rate=f"{rate:,.0f}")
 
         yield advance
+
+
+@contextmanager
+def points_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """For measuring point by point; yields a function (points done, points in all, what is being measured)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    what = TextColumn("{task.fields[what]}")
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), what)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, what="")
+
+        def report(done: int, total: int, kind: str) -> None:
+            bar.update(task, completed=done, total=total, what=kind)
+
+        yield report

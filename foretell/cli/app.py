@@ -8,6 +8,7 @@ import typer
 
 from foretell.cli.bench import bench_app
 from foretell.cli.chat import chat
+from foretell.cli.foresee import calibrate, simulate
 from foretell.cli.guard import guarded
 from foretell.cli.inspect import inspect
 from foretell.cli.models import models
@@ -51,4 +52,6 @@ app.command("models")(guarded(models))
 app.command("inspect")(guarded(inspect))
 app.command("run-batch")(guarded(run_batch))
 app.add_typer(bench_app, name="bench")
+app.command("calibrate")(guarded(calibrate))
+app.command("simulate")(guarded(simulate))
 app.command("version")(guarded(show_version))
