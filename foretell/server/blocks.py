@@ -67,10 +67,6 @@ class BlockStream:
                 events.append(self._grow(self._waiting))
         return [*events, *self._close()]
 
-    @property
-    def has_calls(self) -> bool:
-        return any(block.kind == "call" for block in self.blocks)
-
     def _push_text(self, text: str) -> Iterator[BlockEvent]:
         if self._open_block("text") is None:
             self._waiting += text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -110,22 +110,34 @@ async def chat_deltas(
     stream = engine.stream(ids, params, priority=request.priority, timeout_seconds=request.timeout_seconds)
     async with aclosing(stream) as updates:  # type: ignore[type-var]
         async for update in updates:
-            index, text, reason = update.index, update.delta_text, update.finish_reason
-            calls: list[ToolCallDelta] = []
-            if request.uses_tools:
-                if index not in parsers:
-                    parsers[index] = new_parser(engine, request)
-                text, calls = parsers[index].push(text)
-                if reason is not None:
-                    rest, more = parsers[index].finish()
-                    text, calls = text + rest, [*calls, *more]
-                if not request.parallel_tool_calls:
-                    calls = [call for call in calls if call.index == 0]
-                if calls:
-                    called.add(index)
-                if reason == "stop" and index in called:
-                    reason = "tool_calls"
-            yield ChatDelta(index, text, tuple(calls), reason, update)
+            index, reason = update.index, update.finish_reason
+            if not request.uses_tools:
+                yield ChatDelta(index, update.delta_text, (), reason, update)
+                continue
+            if index not in parsers:
+                parsers[index] = new_parser(engine, request)
+            parts = parsers[index].parts(update.delta_text)
+            if reason is not None:
+                parts.append(parsers[index].finish())
+            if not request.parallel_tool_calls:
+                parts = [(text, [call for call in calls if call.index == 0]) for text, calls in parts]
+            if any(calls for _, calls in parts):
+                called.add(index)
+            if reason == "stop" and index in called:
+                reason = "tool_calls"
+            for delta in _in_order(parts, reason, update):
+                yield delta
+
+
+def _in_order(
+    parts: Sequence[tuple[str, list[ToolCallDelta]]], reason: str | None, update: Update
+) -> Iterator[ChatDelta]:
+    """Text and calls as the model wrote them, however many came at once. The tokens are told with the last."""
+    *before, (text, calls) = parts or [("", [])]
+    for earlier, its_calls in before:
+        quiet = replace(update, delta_text="", delta_token_ids=(), finish_reason=None)
+        yield ChatDelta(update.index, earlier, tuple(its_calls), None, quiet)
+    yield ChatDelta(update.index, text, tuple(calls), reason, update)
 
 
 def answer_params(engine: TextEngine, request: ChatRequest) -> SamplingParams:

@@ -21,6 +21,10 @@ class ToolParser(Protocol):
         """Text that is safe to show, and pieces of calls, in the order of their indices."""
         ...
 
+    def parts(self, text: str) -> list[tuple[str, list[ToolCallDelta]]]:
+        """The same in the order in which the model wrote it: some text, then calls, and so on."""
+        ...
+
     def finish(self) -> tuple[str, list[ToolCallDelta]]:
         """The rest, when the answer has ended; after it the parser is spent."""
         ...
@@ -55,12 +59,19 @@ class FormatParser:
         self._count = 0
 
     def push(self, text: str) -> tuple[str, list[ToolCallDelta]]:
+        parts = self.parts(text)
+        return "".join(shown for shown, _ in parts), [call for _, calls in parts for call in calls]
+
+    def parts(self, text: str) -> list[tuple[str, list[ToolCallDelta]]]:
         self._held += text
+        parts: list[tuple[str, list[ToolCallDelta]]] = []
         shown: list[str] = []
         calls: list[ToolCallDelta] = []
         while self._step(shown, calls):
-            pass
-        return "".join(shown), calls
+            if calls:
+                parts.append(("".join(shown), calls))
+                shown, calls = [], []
+        return [*parts, ("".join(shown), calls)] if shown or calls else parts
 
     def finish(self) -> tuple[str, list[ToolCallDelta]]:
         if self._body is None:
