@@ -8,11 +8,13 @@ import struct
 from typing import Any
 
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from foretell.server.local_engine import LocalTextEngine
 from tests.server.client import request
+from tests.server.scripted import ScriptedEngine
 from tests.server.strict import strictly
 
 # vLLM's fields, which OpenAI does not have
@@ -69,6 +71,26 @@ def test_chat(tiny: LocalTextEngine, asked: dict[str, Any]) -> None:
         assert len(ends) == asked.get("n", 1)
         assert [chunk.usage is not None for chunk in typed] == [False] * (len(typed) - 1) + [options is not None]
         assert not options or typed[-1].choices == []
+
+
+@pytest.mark.parametrize("chars", [2, 500])
+def test_chat_with_tool_calls(tiny: LocalTextEngine, chars: int) -> None:
+    calls = [f'<tool_call>\n{{"name": "f", "arguments": {{"n": {n}}}}}\n</tool_call>' for n in (1, 2)]
+    engine: Any = ScriptedEngine(tiny, ["Let me see.\n" + "\n".join(calls)], chars)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": tools}
+    whole = strictly(ChatCompletion, post(engine, "/v1/chat/completions", **body).json(), beyond=CHOICE).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.content.strip() == "Let me see."
+    told = [(call.function.name, json.loads(call.function.arguments)) for call in whole.message.tool_calls]
+    assert told == [("f", {"n": 1}), ("f", {"n": 2})]
+    state: Any = ChatCompletionStreamState()
+    for chunk in chunks(post(engine, "/v1/chat/completions", **body, stream=True)):
+        state.handle_chunk(strictly(ChatCompletionChunk, chunk, beyond=CHOICE))
+    final = state.get_final_completion().choices[0]
+    assert final.finish_reason == "tool_calls"
+    assert final.message.content == whole.message.content
+    assert [(c.function.name, json.loads(c.function.arguments)) for c in final.message.tool_calls] == told
 
 
 @pytest.mark.parametrize("asked", COMPLETIONS, ids=str)
