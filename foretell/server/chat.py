@@ -15,6 +15,8 @@ from foretell.server.tools import (
     ToolParser,
     detect_tool_format,
     marker_tokens,
+    template_knows_tools,
+    told_in_words,
     tool_choice_schema,
     tool_parser_for,
 )
@@ -78,14 +80,17 @@ def prompt_ids(engine: TextEngine, request: ChatRequest) -> list[int]:
     continues = request.continue_final_message
     if continues and request.add_generation_prompt:
         raise InvalidRequestError("continue_final_message needs add_generation_prompt=false: one turn or the other")
+    messages, tools = request.messages, list(request.tools) if request.tool_choice != "none" else []
+    if not template_knows_tools(_template_source(engine)):
+        messages, tools = told_in_words(messages, tools, required=request.tool_choice != "auto"), []
     text = engine.tokenizer.apply_chat_template(
-        request.messages,
+        messages,
         add_generation_prompt=request.add_generation_prompt,
-        tools=list(request.tools) or None if request.tool_choice != "none" else None,
+        tools=tools or None,
         **request.template_kwargs,
     )
     if continues:
-        text = _cut_after_final_message(text, request.messages)
+        text = _cut_after_final_message(text, messages)
     check_prompt_chars(len(text), request.max_prompt_chars)
     return engine.preparer.token_ids(text, add_special_tokens=False)
 
@@ -163,7 +168,9 @@ def new_parser(engine: TextEngine, request: ChatRequest) -> ToolParser:
 
 
 def tool_format(engine: TextEngine) -> str:
-    """How the model writes tool calls, by its chat template and its special tokens."""
+    """How the model writes tool calls, by its chat template and its special tokens; or as it was told in words."""
+    if not template_knows_tools(_template_source(engine)):
+        return "hermes"
     special = engine.tokenizer.special_texts if engine.tokenizer is not None else frozenset()
     return detect_tool_format(_template_source(engine), special)
 
