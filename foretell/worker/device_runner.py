@@ -10,8 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ from foretell.worker.step_buffers import StepBuffers, StepLayout, step_layout
 from foretell.worker.step_ends import StepEnds, step_ends
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from foretell.grammar.compiler import GrammarCompiler
     from foretell.model.transformer import Transformer
     from foretell.worker.cuda_graphs import StepGraphs
@@ -218,8 +222,22 @@ class DeviceRunner:
         spare = [self.buffers.spare_slot] * (layout.num_seqs - len(chunks))
         words[layout.slots] = [self.slots[chunk.request_id] for chunk in chunks] + spare
         words[layout.starts] = [chunk.start for chunk in chunks] + [0] * len(spare)
-        tokens, query_starts, at = words[layout.tokens], [0], 0
-        tokens[len(chunks) if spare else layout.num_tokens :] = 0
+        tokens, lengths = words[layout.tokens], [chunk.length for chunk in chunks]
+        if layout.num_tokens == layout.num_seqs:
+            known = [
+                state.tokens[chunk.start] if chunk.start < state.num_tokens else -1
+                for chunk, state in zip(chunks, states, strict=True)
+            ]
+            tokens[:] = known + [0] * len(spare)
+            words[layout.query_starts] = range(layout.num_seqs + 1)
+        else:
+            self._fill_tokens(tokens, chunks, states)
+            words[layout.query_starts] = [0, *accumulate(lengths)]
+        return self._send_blocks(layout, chunks, states, ring)
+
+    @staticmethod
+    def _fill_tokens(tokens: NDArray[np.int32], chunks: list[Chunk], states: list[RequestState]) -> None:
+        at = 0
         for chunk, state in zip(chunks, states, strict=True):
             length, start = chunk.length, chunk.start
             if length == 1:
@@ -227,50 +245,43 @@ class DeviceRunner:
             else:
                 tokens[at : at + length] = state.tokens[start : start + length]
             at += length
-            query_starts.append(at)
-        query_starts += range(at + 1, at + 1 + len(spare))
-        words[layout.query_starts] = query_starts
-        return self._send_blocks(layout, chunks, states, ring)
 
     def _send_blocks(
         self, layout: StepLayout, chunks: list[Chunk], states: list[RequestState], ring: int
     ) -> Sequence[int]:
+        """New block ids, all of one group after the other, then the copy of everything."""
         words = self.buffers.staging_host[ring].numpy()
         pad = [0] * (layout.num_seqs - len(chunks))
-        end, num_new = layout.new_blocks, []
+        at, num_new = 0, []
         for group in range(self.num_groups):
-            first_new, new_starts, count = [], [0], 0
-            for chunk, state in zip(chunks, states, strict=True):
-                new, held = chunk.new_block_ids[group], state.num_blocks[group]
+            words[layout.first_new[group]] = [state.num_blocks[group] for state in states] + pad
+            counts, before = [0] * (layout.num_seqs + 1), at
+            for row, chunk in enumerate(chunks):
+                new = chunk.new_block_ids[group]
                 if new:
-                    if end + len(new) > len(words):  # a very long prefix hit: ahead of the step, on its own
-                        self._write_table(group, self.slots[state.id], held, new)
-                    else:
-                        # dropped blocks (-1) are never read, any valid id will do
-                        words[end : end + len(new)] = [b if b > 0 else 0 for b in new]
-                        end += len(new)
-                        count += len(new)
-                    state.num_blocks[group] = held + len(new)
-                first_new.append(held)
-                new_starts.append(count)
-            words[layout.first_new[group]] = first_new + pad
-            words[layout.new_starts[group]] = new_starts + [count] * len(pad)
-            num_new.append(count)
-        self._shift_starts(words, layout, num_new)
-        self.buffers.send(ring, end)
+                    counts[row + 1] = self._put_blocks(words, layout.new_blocks + at, group, states[row], new)
+                    at += counts[row + 1]
+            counts[0] = before
+            words[layout.new_starts[group]] = list(accumulate(counts)) if at > before else [before] * len(counts)
+            num_new.append(at - before)
+        self.buffers.send(ring, layout.new_blocks + at)
         return num_new
 
-    @staticmethod
-    def _shift_starts(words: object, layout: StepLayout, num_new: Sequence[int]) -> None:
-        """Ids of all groups lie one group after the other."""
-        before = 0
-        for group, count in enumerate(num_new):
-            if before:
-                words[layout.new_starts[group]] += before  # type: ignore[index]
-            before += count
+    def _put_blocks(
+        self, words: NDArray[np.int32], at: int, group: int, state: RequestState, new: Sequence[int]
+    ) -> int:
+        """Ids that travel with the step; dropped blocks (-1) are never read, any valid id will do."""
+        ids = [block if block > 0 else 0 for block in new]
+        held = state.num_blocks[group]
+        state.num_blocks[group] = held + len(new)
+        if at + len(new) > len(words):  # a very long prefix hit goes ahead of the step, on its own
+            self._write_table(group, self.slots[state.id], held, ids)
+            return 0
+        words[at : at + len(new)] = ids
+        return len(new)
 
     def _write_table(self, group: int, slot: int, first: int, blocks: Sequence[int]) -> None:
-        ids = torch.tensor([max(0, b) for b in blocks], dtype=torch.int32)
+        ids = torch.tensor(blocks, dtype=torch.int32)
         self.buffers.resident[group][slot, first : first + len(blocks)] = ids.to(self.device)
 
     # -- sampling -----------------------------------------------------------------------------------
@@ -279,13 +290,12 @@ class DeviceRunner:
         """Rows that draw overwrite their likeliest token; tokens, and logits for the CPU, are on their way back."""
         drawn, on_cpu = [], []
         for row, (chunk, state) in enumerate(zip(batch.chunks, states, strict=True)):
-            params = state.params
-            if not chunk.sample or params.pooling is not None:
+            if state.choice == "likeliest" or not chunk.sample:
                 continue
-            if params.reshapes_logits or params.logprobs is not None:
+            if state.choice == "on_cpu":
                 on_cpu.append(row)
-            elif params.temperature > 0:
-                drawn.append((row, params, chunk.start + chunk.length - state.prompt_len))
+            else:
+                drawn.append((row, state.params, chunk.start + chunk.length - state.prompt_len))
         count = len(batch.chunks)
         if drawn:
             plan, width = self.draws.send(ring, drawn, self.vocab_size)
@@ -330,12 +340,12 @@ class DeviceRunner:
         ):
             if not chunk.sample:
                 continue
-            result = chosen.get(row)
             if state.params.pooling is not None:
                 result = ChunkResult(state.id, embedding=embedding_of(state))
-            elif result is None:
-                error = NOT_FINITE if token < 0 else None
-                result = ChunkResult(state.id, None if token < 0 else token, error=error)
+            elif row in chosen:
+                result = chosen[row]
+            else:
+                result = ChunkResult(state.id, token) if token >= 0 else ChunkResult(state.id, error=NOT_FINITE)
             state.take(result)
             if state.prompt_logprobs_due:
                 result.prompt_logprobs = state.prompt_logprobs

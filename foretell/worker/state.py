@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from foretell.core.messages import Added, ChunkResult, TokenLogprobs
+from foretell.core.params import SamplingParams
 from foretell.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
     from foretell.grammar.matcher import FormMatcher
 
 
+Choice = Literal["likeliest", "drawn", "on_cpu"]
+
+
+def _choice(params: SamplingParams) -> Choice:
+    """How a device gets the request's tokens: from the logits alone, with a draw, or from the CPU's sampler."""
+    if params.reshapes_logits or params.logprobs is not None:
+        return "on_cpu"
+    return "drawn" if params.temperature > 0 and params.pooling is None else "likeliest"
+
+
 class RequestState:
     """Rebuilt from an ``Added`` after a preemption: nothing here cannot be derived from the tokens."""
 
@@ -24,6 +35,7 @@ class RequestState:
         """``grammars``: where the requests' forms are compiled; they are ready when a request arrives here."""
         self.id = added.request_id
         self.params = added.params
+        self.choice = _choice(added.params)
         self.prompt_len = len(added.prompt_token_ids)
         known = [*added.prompt_token_ids, *added.output_token_ids]
         self.num_tokens = len(known)

@@ -17,13 +17,13 @@ if not torch.cuda.is_available():
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 VOCAB = 3000
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-gqa-64": {"kind": "Llama", "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64},
+    "llama-gqa-64": {"kind": "Llama", "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
     "llama-mha-80": {"kind": "Llama", "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 80},
     "llama-mqa-128": {"kind": "Llama", "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128},
     "qwen3": {"kind": "Qwen3", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128},
     "qwen2": {"kind": "Qwen2", "num_attention_heads": 8, "num_key_value_heads": 2},
     "gemma3": {
-        "kind": "Gemma3Text", "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+        "kind": "Gemma3", "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
         "sliding_window": 24, "query_pre_attn_scalar": 256,
     },
 }  # fmt: skip
@@ -35,9 +35,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
     shape = dict(SHAPES[request.param])
     kind = shape.pop("kind")
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=640, num_hidden_layers=4, max_position_embeddings=2048,
-        initializer_range=0.08, **shape,
+    config = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")(
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=640, max_position_embeddings=2048,
+        initializer_range=0.08, **{"num_hidden_layers": 4, **shape},
     )  # fmt: skip
     torch.manual_seed(5)
     oracle = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
