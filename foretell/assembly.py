@@ -268,8 +268,8 @@ def _load_on_gpu(
         device,
         memory_share=options.memory_share,
         kv_cache_bytes=options.kv_cache_bytes,
+        done=phases.done,
     )
-    phases.done("kv cache")
     return _Loaded(executor, model.weight_bytes, model.weight_format, kernels.name, ledger)
 
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from foretell.config import ModelSpec
+from foretell.errors import ModelFormatError
+from foretell.model.naming import Source
 from foretell.model.parameters import weight_shapes
-from foretell.model.weights import Take, hash_of
+from foretell.model.weights import FileWeights, Take, hash_of, not_finite
 from foretell.store.gguf_rows import QuantisedRows
+from foretell.store.safetensors_file import SafetensorsSource
+from foretell.store.tensors import TensorSource
+
+STORED = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+PIECE_BYTES = 16 << 20  # of a file, read into pinned memory while the piece before it crosses the bus
 
 
 class DeviceDummyWeights:
@@ -44,3 +59,88 @@ class DeviceDummyWeights:
         tensor[:whole].view(-1, self.BLOCK).copy_(block)
         tensor[whole:].copy_(block[: size - whole])
         return tensor.view(shape)
+
+
+class DeviceFileWeights(FileWeights):
+    """Weights of files, on the device: what is stored as it shall be kept crosses the bus as it is, and casts,
+    transforms and the search for NaN are the device's work. Any number of threads may read; ``check`` comes last."""
+
+    def __init__(self, source: TensorSource, spec: ModelSpec, device: torch.device) -> None:
+        super().__init__(source, spec)
+        self.device = device
+        self._lane = _Lanes(device)
+        self._sums: list[tuple[str, Tensor]] = []
+
+    def _read_raw(self, place: Source, dtype: torch.dtype) -> Tensor:
+        last = self._kept.last
+        if last is not None and last[:2] == (place.name, dtype):
+            return last[2]
+        self._kept.last = last = None
+        tensor = self._lane.mine().fetch(self.source, place.name, dtype)
+        self._sums.append((place.name, tensor.sum(dtype=torch.float32)))
+        if place.transform is not None:
+            self._kept.last = (place.name, dtype, tensor)
+        return tensor
+
+    def check(self) -> None:
+        """ModelFormatError naming a tensor that is not finite."""
+        torch.cuda.synchronize(self.device)
+        if self._sums and not bool(torch.stack([total for _, total in self._sums]).isfinite().all()):
+            raise not_finite(next(name for name, total in self._sums if not bool(total.isfinite())))
+        self._sums.clear()
+
+
+class _Lanes(threading.local):
+    """Each thread's own way to the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lane: _Lane | None = None
+
+    def mine(self) -> _Lane:
+        if self.lane is None:
+            self.lane = _Lane(self.device)
+        return self.lane
+
+
+class _Lane:
+    """A stream and two pieces of pinned memory: while one crosses the bus, the other is read into."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pinned = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.sent = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        self.turn = 0
+        torch.cuda.set_stream(self.stream)  # of this thread: casts and products of parts are in order with the copies
+
+    def fetch(self, source: TensorSource, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor on the device, in ``dtype``."""
+        if not isinstance(source, SafetensorsSource):
+            return source.read(name, dtype).to(self.device)
+        path, offset, nbytes = source.place(name)
+        raw = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        try:
+            file = os.open(path, os.O_RDONLY)
+            try:
+                for at in range(0, nbytes, PIECE_BYTES):
+                    self._send(file, path, offset + at, raw[at : at + PIECE_BYTES])
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise ModelFormatError(f"{path.name} cannot be read: {error.strerror}") from None
+        return raw.view(STORED[source.stored_dtype(name)]).view(source.shape(name)).to(dtype)
+
+    def _send(self, file: int, path: Path, offset: int, target: Tensor) -> None:
+        self.turn = 1 - self.turn
+        self.sent[self.turn].synchronize()
+        piece = self.pinned[self.turn][: len(target)]
+        array: Any = piece.numpy()
+        view, done = memoryview(array), 0
+        while done < len(view):
+            count = os.preadv(file, [view[done:]], offset + done)
+            if count == 0:
+                raise ModelFormatError(f"{path.name} ends in the middle of a tensor; fetch it again")
+            done += count
+        target.copy_(piece, non_blocking=True)
+        self.sent[self.turn].record(self.stream)

@@ -10,7 +10,7 @@ from foretell.config import ModelSpec
 from foretell.errors import ConfigError, ModelFormatError
 from foretell.kernels.base import Kernels
 from foretell.model.build import Builder, Progress
-from foretell.model.device_weights import DeviceDummyWeights
+from foretell.model.device_weights import DeviceDummyWeights, DeviceFileWeights
 from foretell.model.families import resolve_spec
 from foretell.model.gguf_adapter import gguf_spec
 from foretell.model.transformer import Transformer
@@ -75,8 +75,9 @@ def load_model(
     Raises ModelFormatError naming the tensor that is missing, misshaped, unexpected or not finite.
     """
     source = open_tensors(files) if isinstance(files, ModelFiles) else files
-    weights = FileWeights(source, spec)
-    return Builder(
+    on_gpu = device is not None and device.type == "cuda"
+    weights = DeviceFileWeights(source, spec, device) if on_gpu and device else FileWeights(source, spec)
+    model = Builder(
         spec,
         weights,
         kernels,
@@ -87,6 +88,9 @@ def load_model(
         progress=progress,
         keep_quantised=keep_quantised,
     ).build()
+    if isinstance(weights, DeviceFileWeights):
+        weights.check()
+    return model
 
 
 def load_dummy(

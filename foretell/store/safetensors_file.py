@@ -33,6 +33,8 @@ class _Entry:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int  # bytes from the beginning of the file
+    nbytes: int
 
 
 class SafetensorsSource:
@@ -75,6 +77,11 @@ class SafetensorsSource:
     def stored_dtype(self, name: str) -> str:
         """The dtype in the file, as safetensors spells it: "BF16", "F32", … KeyError if absent."""
         return self._entries[name].dtype
+
+    def place(self, name: str) -> tuple[Path, int, int]:
+        """Where the tensor's bytes lie: file, offset and length in bytes. KeyError if absent."""
+        entry = self._entries[name]
+        return entry.file, entry.offset, entry.nbytes
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor in ``dtype``: memory-mapped when it is stored so, otherwise fresh."""
@@ -154,10 +161,10 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     if not isinstance(header, dict):
         raise _bad(path, "its header is no JSON object")
     header.pop("__metadata__", None)
-    return _check_entries(path, header, size - 8 - length)
+    return _check_entries(path, header, size - 8 - length, 8 + length)
 
 
-def _check_entries(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, _Entry]:
+def _check_entries(path: Path, header: dict[str, Any], data_bytes: int, data_at: int) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     extents: list[tuple[int, int, str]] = []
     for name, info in header.items():
@@ -179,7 +186,7 @@ def _check_entries(path: Path, header: dict[str, Any], data_bytes: int) -> dict[
             raise _bad(path, f"{name[:80]!r} is {dtype} {shape}, {needed} bytes, and has {end - begin}")
         if end > data_bytes:
             raise _bad(path, f"truncated: {name[:80]!r} ends at byte {end} of {data_bytes} bytes of data")
-        entries[name] = _Entry(path, dtype, tuple(shape))
+        entries[name] = _Entry(path, dtype, tuple(shape), data_at + begin, needed)
         extents.append((begin, end, name))
     extents.sort()
     for (_, end, before), (begin, _, after) in pairwise(extents):

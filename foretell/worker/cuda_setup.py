@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from foretell.config import ModelSpec, SchedulerConfig
@@ -38,8 +40,9 @@ def cuda_executor(
     memory_share: float,
     kv_cache_bytes: int | None = None,
     graphs: bool = True,
+    done: Callable[[str], None] = lambda phase: None,
 ) -> tuple[OverlappedExecutor, MemoryLedger]:
-    """The executor of a model whose weights lie on the device, and the ledger of its memory."""
+    """The executor of a model whose weights lie on the device, and its memory's ledger. ``done`` hears of phases."""
     spec, groups = model.spec, len(model.spec.kv_groups)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
@@ -52,8 +55,10 @@ def cuda_executor(
     one_block = device_kv(spec, (1,) * groups, config.block_size, dtype, device)
     step_graphs = CudaGraphs(config.max_num_seqs) if graphs else None
     runner = DeviceRunner(model, one_block, config, (0,) * groups, device, graphs=step_graphs)
+    done("buffers")
     ledger.entries["step buffers"] = runner.buffers.nbytes + runner.draws.device.nbytes
     activations, decode = runner.peak_bytes()
+    done("warm-up")
     ledger.entries["activations"] = activations
     if step_graphs is not None:
         ledger.entries["graphs"] = decode + GRAPH_BYTES * len(step_graphs.sizes)
@@ -66,4 +71,5 @@ def cuda_executor(
     torch.cuda.empty_cache()
     runner.use_kv(device_kv(spec, with_spare, config.block_size, dtype, device), num_blocks)
     torch.cuda.synchronize(device)
+    done("kv cache")
     return OverlappedExecutor(runner, num_blocks), ledger
