@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
-DEFAULT_MAX_NUM_SEQS = 64
+DEFAULT_MAX_SEQS = {"cpu": 64, "cuda": 256}
+DEFAULT_MAX_TOKENS = {"cpu": 2048, "cuda": 8192}  # per step: a GPU needs thousands to be busy
 DEFAULT_KV_SHARE = 0.3  # of the memory that is free when the engine starts
 
 
@@ -40,8 +41,8 @@ class EngineOptions:
     dtype: str = "auto"
     load_format: str = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int | None = None  # 64, or max_num_batched_tokens where that is less
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int | None = None  # 64 on a CPU, 256 on a GPU; max_num_batched_tokens where that is less
+    max_num_batched_tokens: int | None = None  # 2048 on a CPU, 8192 on a GPU
     max_chunk_tokens: int = 0
     kv_cache_bytes: int | None = None
     device: str = "auto"
@@ -71,14 +72,14 @@ class EngineOptions:
             self.load_format in LOAD_FORMATS,
             f"load_format {self.load_format!r} is unknown: choose one of {', '.join(LOAD_FORMATS)}",
         )
-        for name in ("max_num_batched_tokens", "block_size", "starvation_turns", "tp", "pp"):
+        for name in ("block_size", "starvation_turns", "tp", "pp"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, f"{name} must be a whole number ≥ 1, got {value!r}")
-        for name in ("max_num_seqs", "max_model_len", "kv_cache_bytes", "num_threads"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_bytes", "num_threads"):
             value = getattr(self, name)
             need(value is None or (isinstance(value, int) and value >= 1), f"{name} must be ≥ 1, got {value!r}")
         need(
-            (self.max_num_seqs or 1) <= self.max_num_batched_tokens,
+            (self.max_num_seqs or 1) <= (self.max_num_batched_tokens or self.max_num_seqs or 1),
             f"max_num_seqs ({self.max_num_seqs}) is above max_num_batched_tokens ({self.max_num_batched_tokens}): "
             "each request of a step takes a token at least: raise the one or lower the other",
         )
@@ -177,8 +178,8 @@ def assemble(
         raise ForetellError(f"{files.path} holds a config but no weights: pass load_format='dummy' for random ones")
     if options.load_format not in ("auto", "dummy", files.format):
         raise ConfigError(f"load_format is {options.load_format!r}, but {files.path} is {files.format}")
-    config = scheduler_config(options, max_model_len)
     device = resolve_device(options)
+    config = scheduler_config(options, max_model_len, device)
     load = _load_on_gpu if device == "cuda" else _load_ranks if options.tp * options.pp > 1 else _load_here
     loaded = load(options, files, spec, config, dtype, phases)
     sizes = block_bytes(spec, config.block_size, dtype.itemsize)
@@ -328,10 +329,11 @@ def _load_ranks(
     return _Loaded(executor, *weights_of(executor))
 
 
-def scheduler_config(options: EngineOptions, max_model_len: int) -> SchedulerConfig:
+def scheduler_config(options: EngineOptions, max_model_len: int, device: str = "cpu") -> SchedulerConfig:
+    most_tokens = options.max_num_batched_tokens or max(DEFAULT_MAX_TOKENS[device], options.max_num_seqs or 1)
     return SchedulerConfig(
-        max_num_seqs=options.max_num_seqs or min(DEFAULT_MAX_NUM_SEQS, options.max_num_batched_tokens),
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs or min(DEFAULT_MAX_SEQS[device], most_tokens),
+        max_num_batched_tokens=most_tokens,
         max_model_len=max_model_len,
         max_chunk_tokens=options.max_chunk_tokens,
         block_size=options.block_size,

@@ -46,7 +46,7 @@ def offline(
     kv_cache_bytes: o.KVCacheBytes = None,
     block_size: b.BlockSize = 16,
     max_num_seqs: o.MaxNumSeqs = None,
-    max_num_batched_tokens: o.MaxBatchedTokens = 2048,
+    max_num_batched_tokens: o.MaxBatchedTokens = None,
     max_chunk_tokens: b.ChunkTokens = 0,
     policy: o.Policy = "mixed",
     prefix_caching: b.Caching = None,
@@ -54,6 +54,8 @@ def offline(
     tp: o.TP = 1,
     pp: o.PP = 1,
     kernels: o.KernelsName = "auto",
+    device: o.Device = "auto",
+    memory_share: o.MemoryShare = 0.9,
     no_network: o.Offline = False,
 ) -> None:
     """All requests at once, as fast as the engine goes; figures are medians of --repeat runs.
@@ -76,7 +78,8 @@ def offline(
         dtype=dtype, load_format=load_format, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes,
         block_size=block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         max_chunk_tokens=max_chunk_tokens, policy=policy, enable_prefix_caching=prefix_caching,
-        num_threads=threads, tp=tp, pp=pp, kernels=kernels, offline=no_network or None, seed=seed,
+        num_threads=threads, tp=tp, pp=pp, kernels=kernels,
+        device=device, memory_share=memory_share, offline=no_network or None, seed=seed,
     )  # fmt: skip
     run_offline(Asked(model, options, traffic, repeat, json_file), warmup=warmup)
 
@@ -112,7 +115,7 @@ def online(
     kv_cache_bytes: o.KVCacheBytes = None,
     block_size: b.BlockSize = 16,
     max_num_seqs: o.MaxNumSeqs = None,
-    max_num_batched_tokens: o.MaxBatchedTokens = 2048,
+    max_num_batched_tokens: o.MaxBatchedTokens = None,
     max_chunk_tokens: b.ChunkTokens = 0,
     policy: o.Policy = "mixed",
     prefix_caching: b.Caching = None,
@@ -120,6 +123,8 @@ def online(
     tp: o.TP = 1,
     pp: o.PP = 1,
     kernels: o.KernelsName = "auto",
+    device: o.Device = "auto",
+    memory_share: o.MemoryShare = 0.9,
     no_network: o.Offline = False,
 ) -> None:
     """Traffic that does not wait: requests are sent when they are due, and latencies count from then.
@@ -141,7 +146,8 @@ def online(
         dtype=dtype, load_format=load_format, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes,
         block_size=block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         max_chunk_tokens=max_chunk_tokens, policy=policy, enable_prefix_caching=prefix_caching,
-        num_threads=threads, tp=tp, pp=pp, kernels=kernels, offline=no_network or None, seed=seed,
+        num_threads=threads, tp=tp, pp=pp, kernels=kernels,
+        device=device, memory_share=memory_share, offline=no_network or None, seed=seed,
     )  # fmt: skip
     run_online(
         Asked(model, options, traffic, repeat, json_file), arrivals,

@@ -36,6 +36,8 @@ def chat(
     tp: o.TP = 1,
     pp: o.PP = 1,
     kernels: o.KernelsName = "auto",
+    device: o.Device = "auto",
+    memory_share: o.MemoryShare = 0.9,
     offline: o.Offline = False,
 ) -> None:
     """Talk with a model. Answers stream; each turn says how fast it was and how much the prefix cache saved.
@@ -58,7 +60,8 @@ def chat(
     with open_model(
         model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes, num_threads=threads,
         tp=tp, pp=pp,
-        kernels=kernels, offline=offline or None,
+        kernels=kernels,
+        device=device, memory_share=memory_share, offline=offline or None,
     ) as llm:  # fmt: skip
         session = ChatSession(llm, params, system)
         session.check_model()

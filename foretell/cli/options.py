@@ -12,6 +12,7 @@ from foretell.config import PolicyName
 _SAMPLING, _ENGINE = "Choosing tokens", "Engine"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
 MaxTokens = Annotated[
@@ -56,13 +57,17 @@ MaxNumSeqs = Annotated[
     typer.Option(min=1, help="Most requests in one step; 64, within the token budget.", rich_help_panel=_ENGINE),
 ]
 MaxBatchedTokens = Annotated[
-    int,
+    int | None,
     typer.Option("--max-num-batched-tokens", min=1, help="Most tokens in one step.", rich_help_panel=_ENGINE),
 ]
 Policy = Annotated[PolicyName, typer.Option(help="Who goes first in a step.", rich_help_panel=_ENGINE)]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all if not given.", rich_help_panel=_ENGINE)]
 KernelsName = Annotated[
-    str, typer.Option("--kernels", help="auto, cpu (C++) or reference (plain torch).", rich_help_panel=_ENGINE)
+    str, typer.Option("--kernels", help="auto, cpu (C++), cuda or reference (torch).", rich_help_panel=_ENGINE)
+]
+Device = Annotated[DeviceName, typer.Option(help="auto: a GPU where there is one.", rich_help_panel=_ENGINE)]
+MemoryShare = Annotated[
+    float, typer.Option(min=0.01, max=1, help="Of a GPU's memory, for everything.", rich_help_panel=_ENGINE)
 ]
 TP = Annotated[
     int,

@@ -49,12 +49,14 @@ def run(
     max_model_len: o.MaxModelLen = None,
     kv_cache_bytes: o.KVCacheBytes = None,
     max_num_seqs: o.MaxNumSeqs = None,
-    max_num_batched_tokens: o.MaxBatchedTokens = 2048,
+    max_num_batched_tokens: o.MaxBatchedTokens = None,
     policy: o.Policy = "mixed",
     threads: o.Threads = None,
     tp: o.TP = 1,
     pp: o.PP = 1,
     kernels: o.KernelsName = "auto",
+    device: o.Device = "auto",
+    memory_share: o.MemoryShare = 0.9,
     load_format: o.Format = "auto",
     offline: o.Offline = False,
 ) -> None:
@@ -88,6 +90,7 @@ def run(
         model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, policy=policy, num_threads=threads, tp=tp, pp=pp,
         kernels=kernels,
+        device=device, memory_share=memory_share,
         load_format=load_format, offline=offline or None,
     ) as llm:  # fmt: skip
         accepted = llm.now  # TTFT counts the chat template and the tokeniser too

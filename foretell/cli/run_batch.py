@@ -46,11 +46,13 @@ def run_batch(
     dtype: o.Dtype = "auto",
     max_model_len: o.MaxModelLen = None,
     kv_cache_bytes: o.KVCacheBytes = None,
-    max_num_seqs: o.MaxNumSeqs = 64,
-    max_num_batched_tokens: o.MaxBatchedTokens = 2048,
+    max_num_seqs: o.MaxNumSeqs = None,
+    max_num_batched_tokens: o.MaxBatchedTokens = None,
     policy: o.Policy = "mixed",
     threads: o.Threads = None,
     kernels: o.KernelsName = "auto",
+    device: o.Device = "auto",
+    memory_share: o.MemoryShare = 0.9,
     load_format: o.Format = "auto",
     offline: o.Offline = False,
 ) -> None:
@@ -70,6 +72,7 @@ def run_batch(
     with open_model(
         model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, policy=policy, num_threads=threads, kernels=kernels,
+        device=device, memory_share=memory_share,
         load_format=load_format, offline=offline or None,
     ) as llm:  # fmt: skip
         names = tuple(served_model_name or ()) or (model,)

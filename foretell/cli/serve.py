@@ -89,11 +89,13 @@ def serve(
     dtype: o.Dtype = "auto",
     max_model_len: o.MaxModelLen = None,
     kv_cache_bytes: o.KVCacheBytes = None,
-    max_num_seqs: o.MaxNumSeqs = 64,
-    max_num_batched_tokens: o.MaxBatchedTokens = 2048,
+    max_num_seqs: o.MaxNumSeqs = None,
+    max_num_batched_tokens: o.MaxBatchedTokens = None,
     policy: o.Policy = "mixed",
     threads: o.Threads = None,
     kernels: o.KernelsName = "auto",
+    device: o.Device = "auto",
+    memory_share: o.MemoryShare = 0.9,
     load_format: o.Format = "auto",
     tp: o.TP = 1,
     pp: o.PP = 1,
@@ -160,7 +162,8 @@ def serve(
     engine = EngineOptions(
         model=model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, policy=policy,
-        num_threads=threads, kernels=kernels, load_format=load_format, tp=tp, pp=pp, step_log=step_log,
+        num_threads=threads, kernels=kernels,
+        device=device, memory_share=memory_share, load_format=load_format, tp=tp, pp=pp, step_log=step_log,
         offline=offline or None,
     )  # fmt: skip
     resolve(model, offline=offline or None)  # with its download bar, and before anything else is loaded
