@@ -28,16 +28,23 @@ def check(form: StructuredOutput, tokenizer: Any) -> dict[str, Any]:
         if not matcher.is_error():
             matcher.compute_bitmask()
     except Exception as error:
-        return {"error": first_line(str(error)) or type(error).__name__}
+        return {"error": one_line(str(error)) or type(error).__name__}
     if matcher.is_error():
-        none = "NoExtensionBias" in matcher.get_error()
-        return {"error": "no text has this form" if none else first_line(matcher.get_error())}
+        return {"error": in_our_words(matcher.get_error())}
     return {"error": "", "text": text, "bytes": max(0, resident_bytes() - before)}
 
 
-def first_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else ""
+def in_our_words(error: str) -> str:
+    """Where the library's own speak of what its users cannot see."""
+    if "NoExtensionBias" in error:
+        return "no text has this form"
+    if "coerce_one_of" in error:
+        return "the parts of a oneOf do not exclude each other: use anyOf"
+    return one_line(error)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
 
 
 def resident_bytes() -> int:

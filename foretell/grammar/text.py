@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -17,8 +17,11 @@ _JSON_OPTIONS: Final[JsonCompileOptions] = {
     "whitespace_pattern": WHITE_SPACE,
     "whitespace_flexible": True,
     "lenient": False,
-    "coerce_one_of": True,
+    "coerce_one_of": False,  # oneOf is taken where its parts exclude each other, never weakened to anyOf
 }
+_MAPS: Final = ("properties", "patternProperties", "$defs", "definitions")  # name → schema
+_VALUES: Final = ("enum", "const", "default", "examples", "example")  # hold no schemas
+_NOTES: Final = ("int32", "int64", "float", "double", "byte", "binary", "password")  # formats that constrain nothing
 
 
 def grammar_text(form: StructuredOutput) -> str:
@@ -27,7 +30,8 @@ def grammar_text(form: StructuredOutput) -> str:
 
     match form.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(form.value, overrides=_JSON_OPTIONS)
+            schema = plain_schema(json.loads(form.value))
+            return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
         case "json_object":
             return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=_JSON_OPTIONS)
         case "regex":
@@ -36,6 +40,31 @@ def grammar_text(form: StructuredOutput) -> str:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, json.loads(form.value))))
         case "grammar":
             return LLMatcher.grammar_from_lark(_lark(form.value))
+
+
+def plain_schema(schema: Any) -> dict[str, Any]:
+    """The same schema without what says nothing, which the compiler would refuse."""
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise ValueError("no value conforms to the schema false")
+    plain: dict[str, Any] = {}
+    for key, value in schema.items():
+        if (key == "uniqueItems" and value is False) or (key == "format" and value in _NOTES):
+            continue
+        if key in ("exclusiveMinimum", "exclusiveMaximum") and isinstance(value, bool):
+            raise ValueError(f"{key} is a number, the limit itself: true and false are of an old draft")
+        if key in _MAPS and isinstance(value, dict):
+            plain[key] = {name: _inner(part) for name, part in value.items()}
+        else:
+            plain[key] = value if key in _VALUES else _inner(value)
+    return plain
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_inner(item) for item in value]
+    return plain_schema(value) if isinstance(value, dict) else value
 
 
 def _lark(text: str) -> str:

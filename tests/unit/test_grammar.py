@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from random import Random
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from foretell.grammar.guard import GrammarGuard
 from foretell.grammar.matcher import FormMatcher
 from foretell.grammar.vocabulary import Vocabulary
 from foretell.store.tokenizer import Tokenizer
+from tests.schemas import wide_schema
 
 END = "</s>"
 
@@ -151,6 +153,55 @@ def test_a_matcher_goes_on_after_the_tokens_it_is_given(compiler: GrammarCompile
         assert resumed.allowed()[ids[cut]]
         assert not resumed.ended
     assert compiler.matcher(form, ids).ended
+
+
+def test_whatever_compiles_is_valid_whichever_tokens_are_drawn(compiler: GrammarCompiler) -> None:
+    """jsonschema is the oracle. Schemas that cannot be followed exactly have to be refused."""
+    rng = Random(4)
+    valid = refused = 0
+    for _ in range(200):
+        schema = wide_schema(rng)
+        form = StructuredOutput.json_schema(schema)
+        if compiler.submit(form).exception(60) is not None:
+            refused += 1
+            continue
+        for _ in range(2):
+            matcher = compiler.matcher(form)
+            ids = walk(matcher, rng, steps=250)
+            if matcher.ended:
+                jsonschema.Draft202012Validator(schema).validate(json.loads(byte_level().decode(ids)))
+                valid += 1
+    assert valid > 200
+    assert refused < 100
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"uniqueItems": False}, {"format": "int32"}, {"title": "x"}, {"examples": [1], "default": 1}, {"x-own": 1}],
+)
+def test_what_says_nothing_is_no_reason_to_refuse(compiler: GrammarCompiler, more: dict[str, Any]) -> None:
+    named = {"type": "object", "properties": {"format": {"type": "string", **more}}}
+    compiler.compile(StructuredOutput.json_schema(named))
+    compiler.compile(StructuredOutput.json_schema({"enum": [{"format": "byte", "uniqueItems": False}]}))
+    compiler.compile(StructuredOutput.json_schema(True))
+
+
+@pytest.mark.parametrize(
+    ("schema", "part"),
+    [
+        ({"uniqueItems": True}, "uniqueItems"),
+        ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 4}]}, "use anyOf"),
+        ({"type": "integer", "exclusiveMinimum": True}, "exclusiveMinimum"),
+        ({"type": "string", "pattern": "^(?=a)b"}, "look"),
+        ({"type": "string", "x-guidance": {"lenient": True}, "not": {}}, "not"),
+        (False, "false"),
+        ({"required": ["b"], "properties": {}, "additionalProperties": False, "type": "object"}, "unsatisfiable"),
+    ],
+)
+def test_what_cannot_be_followed_exactly_is_refused(compiler: GrammarCompiler, schema: Any, part: str) -> None:
+    with pytest.raises(InvalidRequestError, match=part) as caught:
+        compiler.compile(StructuredOutput.json_schema(schema))
+    assert "\n" not in str(caught.value)
 
 
 # --- CVE-2025-29770: grammars and expressions that explode -----------------------------------------------
