@@ -1,7 +1,7 @@
 """The engine process as seen from the server: started, watched, restarted, and never left behind.
 
 An engine that dies, that sends what is no message, or that shows no sign of life for ``hang_seconds`` is ended, and
-another one is started after a pause that doubles with every failure in a row.
+another one is started; starts that fail are tried again after a pause that doubles each time.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ class Watch:
     ping_seconds: float = 1.0
     stall_seconds: float = 30.0
     hang_seconds: float = 300.0
-    first_pause_seconds: float = 0.5
-    longest_pause_seconds: float = 30.0
-    good_seconds: float = 60.0  # an engine that ran so long had no failure in a row before it
+    first_pause_seconds: float = 0.1  # before an engine is replaced; a start takes seconds anyway
+    longest_pause_seconds: float = 30.0  # doubled for every start that fails, up to this
 
 
 @dataclass(slots=True)
@@ -132,32 +131,28 @@ class Supervisor:
         self._unreaped.discard(connection)
 
     async def _keep_running(self, connection: _Connection) -> None:
-        loop = asyncio.get_running_loop()
-        pause = 0.0
         while True:
-            started = loop.time()
             reason = await asyncio.shield(connection.lost)
             self._connection, self.state = None, "restarting"
             self._listener.on_down(reason)
             await self._end(connection)
             log.error("%s (exit status %s); starting another", reason, connection.process.returncode)
-            if loop.time() - started > self.watch.good_seconds:
-                pause = 0.0
-            connection, pause = await self._restart(pause)
+            connection = await self._restart()
             self.restarts += 1
 
-    async def _restart(self, pause: float) -> tuple[_Connection, float]:
-        """Try until an engine runs; (its connection, the pause before the next try)."""
+    async def _restart(self) -> _Connection:
+        """Try until an engine runs."""
+        pause = self.watch.first_pause_seconds
         while True:
             await asyncio.sleep(pause)
-            pause = min(max(2 * pause, self.watch.first_pause_seconds), self.watch.longest_pause_seconds)
             try:
                 connection, _ = await self._start_one()
             except (ForetellError, OSError) as error:
+                pause = min(2 * pause, self.watch.longest_pause_seconds)
                 log.error("the engine cannot be started: %s; next try in %.1f s", error, pause)
             else:
                 log.warning("the engine runs again")
-                return connection, pause
+                return connection
 
     async def _beat(self) -> None:
         """Ask for a sign of life; end an engine that gives none."""
