@@ -65,10 +65,11 @@ async def served(
     drain_seconds: float = 10.0,
     command: Sequence[str] | None = None,
     config: dict[str, Any] | None = None,
+    model: str = "",
     **engine: Any,
 ) -> AsyncIterator[Served]:
     settings = {
-        "model": str(tiny_folder()), "key": KEY, "drain_seconds": drain_seconds, "engine": engine,
+        "model": model or str(tiny_folder()), "key": KEY, "drain_seconds": drain_seconds, "engine": engine,
         "config": config or {}, "command": instant_command(step_seconds) if command is None else list(command),
     }  # fmt: skip
     process = await asyncio.create_subprocess_exec(
