@@ -30,14 +30,16 @@ Content = str | list[Part]
 
 class CalledFunction(Request):
     name: Name
-    arguments: str  # JSON
+    arguments: str
+    """JSON."""
 
 
 class CalledTool(Request):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None  # as streamed answers have it, for clients that send back what they got
+    index: int | None = None
+    """As streamed answers have it, for clients that send back what they got."""
 
 
 class ChatMessage(Request):
@@ -86,7 +88,8 @@ class ChatCompletionRequest(SamplingFields):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
     echo: Literal[False] | None = None
-    add_special_tokens: Literal[False] | None = None  # the template spells its special tokens out
+    add_special_tokens: Literal[False] | None = None
+    """The template spells its special tokens out."""
 
     # what OpenAI's clients may send along and what changes nothing here
     modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None

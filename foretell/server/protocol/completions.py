@@ -21,7 +21,8 @@ class CompletionRequest(SamplingFields):
     )
     echo: bool | None = None
     logprobs: Natural | None = None
-    suffix: Literal[""] | None = None  # there is no filling in between
+    suffix: Literal[""] | None = None
+    """There is no filling in between."""
     add_special_tokens: bool | None = None
 
 
@@ -40,7 +41,8 @@ class CompletionChoice(Response):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    stop_reason: str | int | None  # the stop string or token that ended it
+    stop_reason: str | int | None
+    """The stop string or token that ended it."""
     prompt_logprobs: PromptLogprobs | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None

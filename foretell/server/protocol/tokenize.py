@@ -19,7 +19,8 @@ class TokenizeRequest(Request):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None  # of a prompt: true unless said otherwise; the template has its own
+    add_special_tokens: bool | None = None
+    """Of a prompt: true unless said otherwise; the template has its own."""
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

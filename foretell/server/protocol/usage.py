@@ -6,7 +6,8 @@ from foretell.server.protocol.base import Request, Response
 
 
 class PromptTokensDetails(Response):
-    cached_tokens: int  # found in the prefix cache, so not computed
+    cached_tokens: int
+    """Found in the prefix cache, so not computed."""
 
 
 class Usage(Response):
@@ -17,6 +18,9 @@ class Usage(Response):
 
 
 class StreamOptions(Request):
-    include_usage: bool | None = None  # one more chunk at the end, with the usage and no choices
-    continuous_usage_stats: bool | None = None  # the usage so far in every chunk
-    include_obfuscation: bool | None = None  # padding against traffic analysis: there is none
+    include_usage: bool | None = None
+    """One more chunk at the end, with the usage and no choices."""
+    continuous_usage_stats: bool | None = None
+    """The usage so far in every chunk."""
+    include_obfuscation: bool | None = None
+    """Padding against traffic analysis: there is none."""
