@@ -52,7 +52,7 @@ def describe(
         if not isinstance(stream, bool):
             _CHUNK_MODELS.add(stream)
             what = f"Events whose data is a {stream.__name__}; after the last one, `data: [DONE]`."
-        answers[200]["content"] = {"text/event-stream": {"schema": {"type": "string", "description": what}}}
+        answers[200]["content"] = {"text/event-stream": {"schema": {"description": what}}}
     for status in sorted({*COMMON_ERRORS, *(BODY_ERRORS if body else ()), *errors}):
         answers[status] = {"model": error_model, "description": _MEANINGS[status]}
     extra: dict[str, Any] = {}

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from foretell.server.app import create_app
-from foretell.server.config import ServerConfig
 from foretell.server.local_engine import LocalTextEngine
 from tests.server.live import serving
-from tests.server.schema_campaign import exercise, operations
+from tests.server.schema_campaign import CONFIG, exercise, operations
 from tests.server.test_app import all_routes
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "api.md"
@@ -21,7 +20,7 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "api.md"
 
 @pytest.fixture(scope="module")
 def url(tiny: LocalTextEngine) -> Iterator[str]:
-    with serving(tiny, ServerConfig(served_model_names=("tiny",))) as base:
+    with serving(tiny, CONFIG) as base:
         yield base
 
 
