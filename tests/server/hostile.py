@@ -25,6 +25,7 @@ BASES: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "Hello", "max_output_tokens": 16, "model": "tiny"},
     "/v1/messages": {"messages": HELLO, "max_tokens": 2, "model": "tiny"},
     "/v1/messages/count_tokens": {"messages": HELLO, "model": "tiny"},
+    "/v1/embeddings": {"input": "Hello"},
     "/tokenize": {"prompt": "Hello"},
     "/detokenize": {"tokens": [1, 2]},
     "/admin/policy": {"policy": "mixed"},

@@ -60,7 +60,7 @@ async def _embed(server: Server, body: EmbeddingRequest) -> dict[str, Any]:
         if vector is not None:
             vectors[number] = vector
     if len(vectors) != len(ids):
-        raise ApiError(400, "this engine gives no embeddings", code="unsupported")
+        raise ApiError(500, "the engine gave no embedding", code="engine_error")
     if body.dimensions not in (None, len(vectors[0])):
         raise refused("dimensions", f"dimensions must be {len(vectors[0])}: this model's vectors cannot be shortened")
     tokens = sum(map(len, ids))
