@@ -7,6 +7,7 @@ others are ended, and ``wait`` raises ``RankError``: the engine stops, and a ser
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import select
@@ -19,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +29,23 @@ from typing import TYPE_CHECKING
 from foretell.children import python_module, start_child
 from foretell.core.messages import Batch, Result
 from foretell.core.params import SamplingParams
-from foretell.errors import ForetellError
-from foretell.executor.prepare import prepare_grammar
+from foretell.errors import ForetellError, InvalidRequestError, OverloadedError
 from foretell.parallel.layout import Layout
-from foretell.parallel.messages import Beat, Channel, Done, Failed, Ready, Setup, Step, Stop, ToDriver
+from foretell.parallel.messages import (
+    Beat,
+    Channel,
+    Done,
+    Failed,
+    Prepare,
+    Prepared,
+    Ready,
+    Setup,
+    Step,
+    Stop,
+    ToDriver,
+)
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from foretell.grammar.compiler import GrammarCompiler
 
 SILENT_SECONDS = 5.0  # a rank beats twice a second; silent so long, it is stopped or its machine is gone
@@ -76,7 +87,11 @@ class ParallelExecutor:
     ) -> None:
         """``setup(rank, store_url)``: what that rank is told first."""
         self.layout, self.num_blocks, self.depth = layout, num_blocks, layout.pp
-        self.grammars: GrammarCompiler | None = None
+        self._preparing: dict[int, Future[None]] = {}
+        self._numbers = itertools.count()
+        self._sampling_rank = next(
+            i for i in range(layout.num_ranks) if layout.place(i).is_last and layout.place(i).shard == 0
+        )
         self._results: deque[Result] = deque()
         self._sent: dict[int, tuple[float, int]] = {}  # batches in flight: when they were sent, their tokens
         self._tokens: dict[int, list[int]] = {}  # by request: sampled and not yet sent to the ranks that did not
@@ -123,11 +138,26 @@ class ParallelExecutor:
         return time.monotonic()
 
     def use_grammars(self, grammars: GrammarCompiler) -> None:
-        self.grammars = grammars
+        """The rank that samples has its own."""
+        grammars.close()
 
     def prepare(self, params: SamplingParams) -> Future[None] | None:
-        """Compiled here, which tells whether it can be; the rank that samples compiles it again, in a moment."""
-        return prepare_grammar(self.grammars, params)
+        if params.structured is None:
+            return None
+        prepared: Future[None] = Future()
+        prepared.set_running_or_notify_cancel()  # who waits for it may leave, and must not cancel what answers it
+        number = next(self._numbers)
+        self._preparing[number] = prepared
+        try:
+            self.ranks[self._sampling_rank].channel.send(Prepare(number, params.structured))
+        except OSError:  # it is gone: the next look at it ends the engine
+            self._give_up_preparing()
+        return prepared
+
+    def _give_up_preparing(self) -> None:
+        waiting, self._preparing = self._preparing, {}
+        for prepared in waiting.values():
+            prepared.set_exception(ForetellError("the parallel engine has stopped"))
 
     def submit(self, batch: Batch) -> None:
         for request_id in batch.removed:
@@ -161,8 +191,7 @@ class ParallelExecutor:
         if self._closed:
             return
         self._closed = True
-        if self.grammars is not None:
-            self.grammars.close()
+        self._give_up_preparing()
         for rank in self.ranks:
             with suppress(OSError):
                 rank.channel.send(Stop())
@@ -211,6 +240,13 @@ class ParallelExecutor:
                 rank.ready = message
             case Failed(reason):
                 rank.lost = f"failed: {reason}"
+            case Prepared(number, error, later):
+                prepared = self._preparing.pop(number, None)
+                if prepared is not None and error:
+                    refusal = OverloadedError(error, 1.0) if later else InvalidRequestError(error)
+                    prepared.set_exception(refusal)
+                elif prepared is not None:
+                    prepared.set_result(None)
             case Done(batch_id, results, started, finished, parts):
                 sent, _ = self._sent.pop(batch_id)
                 self._slowest = max(self._slowest, finished - sent)
@@ -248,6 +284,7 @@ class ParallelExecutor:
 
     def _fail(self, reason: str) -> None:
         self._kill()
+        self._give_up_preparing()
         raise RankError(f"the parallel engine stopped: {reason}")
 
     def _kill(self) -> None:

@@ -59,7 +59,9 @@ class GrammarCompiler:
                     raise OverloadedError("too many grammars wait to be compiled: try again", 1.0)
                 self._waiting += 1
         if kept is None:
-            return self._pool.submit(self._compile_waiting, form)
+            waiting = self._pool.submit(self.compile, form)
+            waiting.add_done_callback(self._one_less)  # also when it is cancelled before its turn
+            return waiting
         if isinstance(kept[0], str):
             done.set_exception(InvalidRequestError(kept[0]))
         else:
@@ -74,12 +76,9 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._guard.close()
 
-    def _compile_waiting(self, form: StructuredOutput) -> None:
-        try:
-            self._compiled(form)
-        finally:
-            with self._lock:
-                self._waiting -= 1
+    def _one_less(self, _: Future[None]) -> None:
+        with self._lock:
+            self._waiting -= 1
 
     def _compiled(self, form: StructuredOutput) -> LLMatcher:
         found = self._find(form)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from foretell.core.messages import Batch, ChunkResult
+from foretell.core.structured import StructuredOutput
 
 MAX_FRAME_BYTES = 1 << 30
 _LENGTH = struct.Struct("<Q")
@@ -43,6 +44,13 @@ class Step(msgspec.Struct, tag=True):
     tokens: dict[int, list[int]]
 
 
+class Prepare(msgspec.Struct, tag=True):
+    """Compile this form, beside the steps; to the rank that samples. Answered with ``Prepared`` of that number."""
+
+    number: int
+    form: StructuredOutput
+
+
 class Stop(msgspec.Struct, tag=True):
     """Nothing more comes."""
 
@@ -67,6 +75,14 @@ class Done(msgspec.Struct, tag=True):
     parts: dict[str, float]
 
 
+class Prepared(msgspec.Struct, tag=True):
+    """A form is ready, or why it cannot be; ``later``: it may be tried again."""
+
+    number: int
+    error: str = ""
+    later: bool = False
+
+
 class Beat(msgspec.Struct, tag=True):
     """From a rank's side thread: it lives, and this is what it is at."""
 
@@ -79,8 +95,8 @@ class Failed(msgspec.Struct, tag=True):
     reason: str
 
 
-ToRank = Setup | Step | Stop
-ToDriver = Ready | Done | Beat | Failed
+ToRank = Setup | Step | Prepare | Stop
+ToDriver = Ready | Done | Prepared | Beat | Failed
 
 
 class Channel:

@@ -11,10 +11,26 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from foretell.children import die_with_parent
-from foretell.parallel.messages import Beat, Channel, Done, Failed, Ready, Setup, Step, Stop, ToRank
+from foretell.core.params import SamplingParams
+from foretell.errors import OverloadedError
+from foretell.executor.prepare import prepare_grammar
+from foretell.parallel.messages import (
+    Beat,
+    Channel,
+    Done,
+    Failed,
+    Prepare,
+    Prepared,
+    Ready,
+    Setup,
+    Step,
+    Stop,
+    ToRank,
+)
 
 if TYPE_CHECKING:
     from foretell.parallel.stage import StageRunner
@@ -124,6 +140,9 @@ def serve(channel: Channel, runner: StageRunner, heart: Heart) -> None:
         message = channel.receive()
         if isinstance(message, Stop):
             return
+        if isinstance(message, Prepare):
+            prepare(channel, runner, message)
+            continue
         if not isinstance(message, Step):
             raise TypeError(f"a rank was sent {type(message).__name__}")
         heart.phase = f"step {message.batch.id}"
@@ -131,6 +150,20 @@ def serve(channel: Channel, runner: StageRunner, heart: Heart) -> None:
         results = runner.execute_step(message.batch, message.tokens)
         if runner.samples:
             channel.send(Done(message.batch.id, results, started, time.monotonic(), runner.parts))
+
+
+def prepare(channel: Channel, runner: StageRunner, message: Prepare) -> None:
+    """Have a form compiled beside the steps, and say when it is."""
+
+    def done(prepared: Future[None]) -> None:
+        error = prepared.exception()
+        text = "" if error is None else first_line(error) or type(error).__name__
+        with contextlib.suppress(OSError):  # the driver is gone: the heart will notice
+            channel.send(Prepared(message.number, text, isinstance(error, OverloadedError)))
+
+    found = prepare_grammar(runner.grammars, SamplingParams(structured=message.form))
+    if found is not None:
+        found.add_done_callback(done)
 
 
 def resident_bytes() -> int:

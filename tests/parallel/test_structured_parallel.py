@@ -22,6 +22,10 @@ def test_outputs_have_the_form_and_embeddings_are_those_of_one_process() -> None
         found, shared = llm.generate(["one", "two"], CODE), llm.embed(["one", "another"])
         with pytest.raises(InvalidRequestError, match="regex"):
             llm.generate("x", SamplingParams(structured=StructuredOutput.regex("(")))
+        left = llm.assembly.engine.executor.prepare(SamplingParams(structured=StructuredOutput.regex("new")))
+        assert left is not None
+        assert not left.cancel()  # a caller who leaves while its form is compiled does not take the engine along
+        left.result(30)
     assert all(re.fullmatch("[ab]{3,6}c", output.outputs[0].text) for output in found)
     assert [o.outputs[0].finish_reason for o in found] == ["stop", "stop"]
     assert [o.outputs[0].text for o in found] == [o.outputs[0].text for o in wanted]

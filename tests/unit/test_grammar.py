@@ -355,6 +355,8 @@ def test_known_forms_do_not_wait_behind_one_that_is_being_compiled(monkeypatch: 
         with pytest.raises(OverloadedError):
             made.submit(StructuredOutput.regex("one more"))
         assert not any(future.done() for future in waiting)
+        assert waiting.pop().cancel()  # its caller has left: there is room again
+        waiting.append(made.submit(StructuredOutput.regex("one more")))
         gate.set()
         for future in waiting:
             future.result(30)
