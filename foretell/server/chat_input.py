@@ -76,7 +76,7 @@ def tools_of(
     """OpenAI's tool objects, and what is chosen among them."""
     made = [tool.model_dump(exclude_none=True) for tool in tools or ()]
     check_count("tools", len(made), config.max_tools, "entries")
-    check_schema_size("tools", made, config, inner=4)  # a tool wraps its schema in a few levels of its own
+    check_schema_size("tools", made, config, inner=3)  # a tool wraps its schema in a few levels of its own
     names = [tool["function"]["name"] for tool in made]
     if len(set(names)) != len(names):
         raise refused("tools", "two tools have the same name")

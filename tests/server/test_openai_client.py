@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from foretell.server.config import ServerConfig
@@ -49,6 +52,48 @@ def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
         final = stream.get_final_completion()
     assert final.choices[0].message.content == whole.choices[0].message.content == text[: text.index(stop)]
     assert final.choices[0].finish_reason == whole.choices[0].finish_reason == "stop"
+
+
+def test_embeddings_in_both_encodings(client: openai.OpenAI) -> None:
+    made = client.embeddings.create(model="tiny", input=["Hello", "other"])  # asks for base64, and decodes it
+    plain = client.embeddings.create(model="tiny", input=[104, 105], encoding_format="float")
+    assert [item.index for item in made.data] == [0, 1]
+    assert sum(x * x for x in made.data[0].embedding) == pytest.approx(1.0, abs=1e-5)
+    assert len(plain.data[0].embedding) == len(made.data[1].embedding) == 64
+    assert made.usage.prompt_tokens == 10
+    with pytest.raises(openai.BadRequestError, match="dimensions must be 64"):
+        client.embeddings.create(model="tiny", input="x", dimensions=3)
+
+
+def test_an_answer_of_a_form_is_parsed(client: openai.OpenAI) -> None:
+    class City(pydantic.BaseModel):
+        capital: bool
+        river: Literal["Seine", "Spree"]
+
+    made = client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=City, max_tokens=200)
+    assert isinstance(made.choices[0].message.parsed, City)
+    chosen = {"structured_outputs": {"choice": ["yes", "no"]}}
+    answer = client.completions.create(model="tiny", prompt="Well?", max_tokens=50, extra_body=chosen)
+    assert answer.choices[0].text in ("yes", "no")
+
+
+def test_a_required_tool_is_called(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    tool: Any = {
+        "type": "function",
+        "function": {"name": "lamp", "parameters": {**schema, "additionalProperties": False}},
+    }
+    options: Any = {"model": "tiny", "messages": MESSAGES, "tools": [tool], "max_tokens": 300, "seed": 1}
+    options["tool_choice"] = {"type": "function", "function": {"name": "lamp"}}
+    whole = client.chat.completions.create(**options).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    (call,) = whole.message.tool_calls or []
+    assert call.function.name == "lamp"
+    assert set(json.loads(call.function.arguments)) == {"on"}
+    with client.chat.completions.stream(**options) as stream:
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert streamed.function.name == "lamp"
+    assert json.loads(streamed.function.arguments) == json.loads(call.function.arguments)
 
 
 def test_async_clients_share_the_engine(url: str) -> None:
