@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 from foretell.core.structured import StructuredOutput
-from foretell.errors import InvalidRequestError, OverloadedError
+from foretell.errors import ForetellError, InvalidRequestError, OverloadedError
 from foretell.grammar.guard import GrammarGuard
 from foretell.grammar.limits import CACHE_BYTES, CACHE_ENTRIES, parser_limits
 from foretell.grammar.matcher import FormMatcher
@@ -59,7 +59,10 @@ class GrammarCompiler:
                     raise OverloadedError("too many grammars wait to be compiled: try again", 1.0)
                 self._waiting += 1
         if kept is None:
-            waiting = self._pool.submit(self.compile, form)
+            try:
+                waiting = self._pool.submit(self.compile, form)
+            except RuntimeError:  # shut down
+                raise ForetellError("the engine was closed") from None
             waiting.add_done_callback(self._one_less)  # also when it is cancelled before its turn
             return waiting
         if isinstance(kept[0], str):

@@ -27,6 +27,7 @@ class GrammarGuard:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
+        self._closed = False
 
     def check(self, form: StructuredOutput) -> tuple[str, int]:
         """(grammar text, bytes that compiling it took). Raises InvalidRequestError if it cannot be compiled, or not
@@ -38,6 +39,8 @@ class GrammarGuard:
                 answer = self._read(process, ANSWER_SECONDS)
             except (EOFError, OSError, TimeoutError):
                 self._end()
+                if self._closed:
+                    raise ForetellError("the engine was closed") from None
                 raise InvalidRequestError(
                     f"the {form.kind} takes too much time or memory to compile: make it simpler"
                 ) from None
@@ -47,6 +50,11 @@ class GrammarGuard:
         return found["text"], found["bytes"]
 
     def close(self) -> None:
+        """End the process, and with it a check in progress."""
+        self._closed = True
+        process = self._process
+        if process is not None:
+            process.kill()
         with self._lock:
             self._end()
 
@@ -54,6 +62,8 @@ class GrammarGuard:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._end()
+        if self._closed:
+            raise ForetellError("the engine was closed")
         path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             python_module("foretell.grammar.checker"),

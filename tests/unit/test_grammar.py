@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from foretell.core.structured import StructuredOutput
-from foretell.errors import InvalidRequestError, OverloadedError
+from foretell.errors import ForetellError, InvalidRequestError, OverloadedError
 from foretell.grammar import compiler as compiler_module
 from foretell.grammar import matcher as matcher_module
 from foretell.grammar.compiler import GrammarCompiler
@@ -276,6 +276,19 @@ def test_cve_2025_29770_a_compilation_without_end_is_ended_and_the_next_one_work
         assert size >= 0
     finally:
         guard.close()
+
+
+def test_closing_does_not_wait_for_a_check_in_progress() -> None:
+    made = GrammarCompiler(byte_level, 260)
+    made.compile(StructuredOutput.regex("a"))
+    waiting = made.submit(StructuredOutput.json_schema({"type": "integer", "multipleOf": 99_999_989}))
+    made.close()
+    assert isinstance(waiting.exception(60), ForetellError)
+    assert not isinstance(waiting.exception(), InvalidRequestError)
+    with pytest.raises(ForetellError, match="closed"):
+        made.compile(StructuredOutput.regex("b"))
+    with pytest.raises(ForetellError, match="closed"):
+        made.submit(StructuredOutput.regex("b"))
 
 
 def test_a_checker_that_was_killed_is_started_again() -> None:
