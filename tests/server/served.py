@@ -66,6 +66,7 @@ async def served(
     command: Sequence[str] | None = None,
     config: dict[str, Any] | None = None,
     model: str = "",
+    timeout_seconds: float = 30.0,
     **engine: Any,
 ) -> AsyncIterator[Served]:
     settings = {
@@ -82,7 +83,7 @@ async def served(
         url = line[0].decode()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
         headers = {"authorization": f"Bearer {KEY}"}
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout_seconds, limits=limits) as http:
             yield Served(process, url, int(line[1]), http)
     finally:
         if process.returncode is None:

@@ -34,7 +34,7 @@ def check(model: str, max_tokens: int, **options: Any) -> None:
     assert len(set(expected.values())) > len(PROMPTS) // 2
 
     async def scenario() -> None:
-        async with served(command=(), model=model, max_num_seqs=64, **options) as server:
+        async with served(command=(), model=model, timeout_seconds=600, max_num_seqs=64, **options) as server:
             for prompt in PROMPTS:
                 for ask in (streamed, whole):
                     assert (await ask(server.http, prompt, max_tokens)).text == expected[prompt]
