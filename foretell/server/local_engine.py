@@ -7,12 +7,12 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from foretell.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from foretell.errors import DeadlineError, OverloadedError, UnavailableError
+from foretell.server.commands import Commands
 from foretell.server.text_engine import EngineAbout
 
 if TYPE_CHECKING:
     from foretell.async_llm import AsyncLLM
-    from foretell.core.engine import Engine
     from foretell.core.params import SamplingParams
     from foretell.prompts import Prompt
     from foretell.service import Update
@@ -25,6 +25,7 @@ class LocalTextEngine:
         self.llm = llm
         self.max_queue = max_queue
         self.unfinished = 0
+        self._commands = Commands(llm.llm.assembly.engine)
         self.tokenizer = llm.llm.tokenizer
         self.preparer = llm.llm.preparer
         assembly = llm.llm.assembly
@@ -71,16 +72,8 @@ class LocalTextEngine:
             await updates.aclose()  # type: ignore[attr-defined]
 
     async def control(self, command: str, **arguments: Any) -> Any:
-        if command == "stats":
-            return dict(self.stats())
-        if command != "set_policy":
-            raise InvalidRequestError(f"the engine has no command {command!r}: use set_policy or stats")
-
-        def switch(engine: Engine) -> None:
-            engine.set_policy(arguments["name"])
-
-        await asyncio.wrap_future(self.llm.llm.service.call(switch))
-        return {"policy": arguments["name"]}
+        answer = self.llm.llm.service.call(lambda engine: self._commands.run(command, arguments))
+        return await asyncio.wrap_future(answer)
 
     def stats(self) -> Mapping[str, Any]:
         return self.llm.llm.assembly.engine.stats()

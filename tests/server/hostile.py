@@ -29,6 +29,7 @@ BASES: dict[str, dict[str, Any]] = {
     "/tokenize": {"prompt": "Hello"},
     "/detokenize": {"tokens": [1, 2]},
     "/admin/policy": {"policy": "mixed"},
+    "/admin/steps": {"keep": 0},
 }
 FIELDS = (
     "n", "best_of", "logprobs", "top_logprobs", "prompt_logprobs", "max_tokens", "max_completion_tokens",

@@ -107,6 +107,23 @@ def test_the_policy_is_switched_while_it_runs(tiny: LocalTextEngine) -> None:
     assert wrong.status_code == 400
 
 
+def test_step_records_come_on_request(tiny: LocalTextEngine) -> None:
+    config = ServerConfig(api_keys=(KEY,))
+    headers = {"authorization": f"Bearer {KEY}"}
+
+    def steps(keep: int) -> list[dict[str, Any]]:
+        answer = request(tiny, "POST", "/admin/steps", config, headers=headers, json={"keep": keep})
+        assert answer.status_code == 200
+        return answer.json()["steps"]  # type: ignore[no-any-return]
+
+    steps(64)
+    body = {"prompt": "Hello", "max_tokens": 4, "ignore_eos": True}
+    assert request(tiny, "POST", "/v1/completions", config, headers=headers, json=body).status_code == 200
+    records = steps(0)
+    assert [r["chunks"][0]["phase"] for r in records] == ["prefill", "decode", "decode", "decode"]
+    assert steps(0) == []
+
+
 def test_admin_routes_need_a_key_that_is_theirs(tiny: LocalTextEngine) -> None:
     body = {"policy": "mixed"}
 

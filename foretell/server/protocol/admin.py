@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from foretell.config import PolicyName
-from foretell.server.protocol.base import Request, Response
+from foretell.server.protocol.base import Request, Response, whole
 
 
 class PolicyRequest(Request):
@@ -18,3 +20,13 @@ class PolicyResponse(Response):
 
 class StatsResponse(Response):
     stats: dict[str, Any]
+
+
+class StepsRequest(Request):
+    keep: Annotated[int, whole, Field(ge=0, le=4096)] = 256
+    """How many of the newest records to keep until the next call; 0 ends the recording."""
+
+
+class StepsResponse(Response):
+    steps: list[dict[str, Any]]
+    """The records of the steps since the last call, oldest first."""
