@@ -36,7 +36,9 @@ TO_ENGINE = [
 FROM_ENGINE = [
     wire.Phase("weights", 1.5),
     wire.Failed("no", True),
-    wire.Step(1.5, [1, 2], [30, 40], [Output(3, 4, LOGPROBS, [LOGPROBS], "stop", 4, None, Progress(1.0, 16, 2))]),
+    wire.Step(
+        1.5, [1, 2], [30, 40], [Output(3, 4, LOGPROBS, [LOGPROBS], "stop", 4, "no", [0.5], Progress(1.0, 16, 2))]
+    ),
     wire.Refused(3, "too long"),
     wire.Answer(1, {"a": [1, None]}, None),
     wire.Stats({"running": 1, "kv_usage": 0.5}),
