@@ -143,8 +143,8 @@ def _say_before(asked: Asked, workload: Workload, prompts: PromptMaker, probed: 
     interface, pace = probed.interface, asked.pace
     print(f"{asked.target.url}{interface.path}, model {interface.model}")
     print(
-        f"workload {workload.name}: {workload.description} "
-        f"({workload.prompt_tokens:,} prompt tokens, {workload.output_tokens:,} output tokens)"
+        f"workload {workload.name}: {len(workload.requests)} requests, "
+        f"{workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output tokens"
     )
     print(f"prompts: {_prompt_words(prompts, probed)}")
     for note in probed.notes:

@@ -36,6 +36,10 @@ def test_import_foretell_loads_nothing_heavy() -> None:
     assert not loaded_by("import foretell") & {*HEAVY, "numpy"}
 
 
+def test_the_load_generator_loads_neither_torch_nor_a_server() -> None:
+    assert not loaded_by("import foretell.loadgen.command, foretell.loadgen.plot") & {"torch", "fastapi", "uvicorn"}
+
+
 def test_core_and_virtual_executor_import_neither_torch_nor_numpy() -> None:
     modules = [f"foretell.core.{p.stem}" for p in (PACKAGE / "core").glob("*.py") if p.stem != "__init__"]
     assert len(modules) >= 7
