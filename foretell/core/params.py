@@ -87,10 +87,6 @@ class SamplingParams:
             _check(_is_finite(value), f"{name} must be a finite number, got {value!r}")
             _check(low <= value <= high, f"{name} must be between {low:g} and {high:g}, got {value!r}")
         _check(self.top_p > 0, f"top_p must be above 0, got {self.top_p!r}; 1 keeps every token")
-        _check(
-            self.repetition_penalty > 0,
-            f"repetition_penalty must be above 0, got {self.repetition_penalty!r}",
-        )
         for name, low_int, high_int in _INT_RANGES:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL_INTS:
@@ -195,7 +191,7 @@ _RANGES = (
     ("min_p", 0.0, 1.0),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
-    ("repetition_penalty", 0.0, 100.0),
+    ("repetition_penalty", 0.01, 100.0),  # what is smaller makes infinities of logits
 )
 _BIG = 2**31 - 1
 _INT_RANGES = (

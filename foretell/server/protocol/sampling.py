@@ -42,7 +42,7 @@ class SamplingFields(Request):
     use_beam_search: Literal[False] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31), whole] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     length_penalty: Literal[1] | None = None
     """Of beam search, which there is none of."""
     stop_token_ids: list[TokenId] | None = None
