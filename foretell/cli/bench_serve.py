@@ -57,6 +57,15 @@ Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for one request."
 WarmUp = Annotated[
     int, typer.Option("--warmup", min=0, help="Requests first that do not count.", rich_help_panel=_HOW)
 ]
+PromptSeed = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=(1 << 24) - 1,
+        help="The same prompts every time; by default new ones, which no prefix cache knows.",
+        rich_help_panel="What is asked",
+    ),
+]
 Slo = Annotated[
     str | None,
     typer.Option(help="Objectives for goodput: ttft=500ms,tpot=50ms,e2e=10s (any of them).", rich_help_panel=_HOW),
@@ -83,6 +92,7 @@ def serve(
     max_input_len: b.MaxInput = None,
     max_output_len: b.MaxOutput = None,
     seed: b.Seed = 0,
+    prompt_seed: PromptSeed = None,
     rate: b.Rate = None,
     ramp_to: RampTo = None,
     burstiness: Burstiness = 1.0,
@@ -134,6 +144,7 @@ def serve(
             Objectives() if slo is None else Objectives.parse(slo),
             tokenizer,
             warmup,
+            prompt_seed,
             json_file,
             records,
             plot,

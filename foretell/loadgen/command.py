@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import sys
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
 DEFAULT_REQUESTS = 100
 UNKNOWN_VOCABULARY = 32_000
 WARMUP_TOKENS = 4
+PROMPT_SEEDS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """``interface.model`` of "" means the first one that the server lists."""
+    """``interface.model`` of "" means the first one that the server lists. Without a ``prompt_seed`` every run has
+    other prompts, or a second run would find its own in the server's prefix cache and measure that."""
 
     target: Target
     interface: Interface
@@ -42,6 +45,7 @@ class Asked:
     objectives: Objectives
     tokenizer: str | None = None
     warmup: int = 4
+    prompt_seed: int | None = None
     json_file: Path | None = None
     with_records: bool = False
     plot_file: Path | None = None
@@ -54,6 +58,8 @@ def run_serve(asked: Asked) -> None:
         raise ConfigError("--records go into the file that --json names: give it")
     asked.traffic.check()
     asked = with_loop(asked)
+    if asked.prompt_seed is None:
+        asked = replace(asked, prompt_seed=secrets.randbelow(PROMPT_SEEDS))
     tokenizer = None if asked.tokenizer is None else _tokenizer(asked.tokenizer)
     workload = _workload(asked, tokenizer)
     probed, run = run_loop(_serve(asked, workload, tokenizer))
@@ -103,11 +109,11 @@ async def _serve(asked: Asked, workload: Workload, tokenizer: Tokenizer | None) 
         prompts = _prompts(workload, tokenizer, probed)
         _say_before(asked, workload, prompts, probed)
         if asked.warmup:
-            await _warm_up(client, probed.interface, prompts, asked.warmup, asked.pace.timeout_seconds)
+            await _warm_up(asked, client, probed.interface, prompts)
         endless = asked.pace.closed and asked.pace.duration_seconds is not None
         with _bar(None if endless else len(workload.requests)) as advance:
             driver = Driver(client, probed.interface, prompts, asked.pace, advance=advance)
-            return probed, await driver.run()
+            return probed, await driver.run(variant=_variant(asked))
 
 
 def _bar(total: int | None) -> Any:
@@ -125,15 +131,18 @@ def _prompts(workload: Workload, tokenizer: Tokenizer | None, probed: Probed) ->
     return PromptMaker(workload, tokenizer, tokenizer.vocab_size, as_ids)
 
 
-async def _warm_up(
-    client: HttpClient, interface: Interface, prompts: PromptMaker, count: int, timeout: float
-) -> None:
+def _variant(asked: Asked) -> int:
+    """Of the workload's prompts; 0 is the trace's own, and below it stands the warm-up's."""
+    return 2 + 2 * (asked.prompt_seed or 0)
+
+
+async def _warm_up(asked: Asked, client: HttpClient, interface: Interface, prompts: PromptMaker) -> None:
     """Short answers, all at once, to prompts like the workload's that share nothing with it."""
-    first = prompts.workload.requests[:count]
+    first = prompts.workload.requests[: asked.warmup]
     requests = tuple(TraceRequest(r.prompt_len, min(WARMUP_TOKENS, r.output_len)) for r in first)
     own = replace(prompts, workload=replace(prompts.workload, requests=requests))
-    pace = Pace(closed=True, max_concurrency=count, timeout_seconds=timeout)
-    await Driver(client, interface, own, pace, advance=None).run(variant=0x5EED)
+    pace = Pace(closed=True, max_concurrency=asked.warmup, timeout_seconds=asked.pace.timeout_seconds)
+    await Driver(client, interface, own, pace, advance=None).run(variant=_variant(asked) - 1)
 
 
 # -- words ------------------------------------------------------------------------------------------------
@@ -198,6 +207,7 @@ def _finish(asked: Asked, workload: Workload, probed: Probed, run: Run) -> None:
         "output_tokens_asked": workload.output_tokens,
         "ignore_eos": probed.interface.ignore_eos,
         "seed": asked.traffic.seed,
+        "prompt_seed": asked.prompt_seed,
         "objectives": asdict(asked.objectives),
         **report.as_dict(run, measured),
     }
