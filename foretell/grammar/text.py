@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ _MAPS: Final = ("properties", "patternProperties", "$defs", "definitions")  # na
 _VALUES: Final = ("enum", "const", "default", "examples", "example")  # hold no schemas
 _NOTES: Final = ("int32", "int64", "float", "double", "byte", "binary", "password")  # formats that constrain nothing
 
+_ESCAPED: Final = re.compile(r"\\.", re.DOTALL)
+# in brackets of their own, which may stand within others
+_CLASSES: Final = {r"\d": "[0-9]", r"\D": "[^0-9]", r"\w": "[A-Za-z0-9_]", r"\W": "[^A-Za-z0-9_]"}
+
 
 def grammar_text(form: StructuredOutput) -> str:
     """Raises ValueError, or an error of llguidance's own, where the form is no such thing."""
@@ -35,7 +40,7 @@ def grammar_text(form: StructuredOutput) -> str:
         case "json_object":
             return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=_JSON_OPTIONS)
         case "regex":
-            return LLMatcher.grammar_from_regex(form.value)
+            return LLMatcher.grammar_from_regex(ascii_classes(form.value))
         case "choice":
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, json.loads(form.value))))
         case "grammar":
@@ -54,11 +59,21 @@ def plain_schema(schema: Any) -> dict[str, Any]:
             continue
         if key in ("exclusiveMinimum", "exclusiveMaximum") and isinstance(value, bool):
             raise ValueError(f"{key} is a number, the limit itself: true and false are of an old draft")
-        if key in _MAPS and isinstance(value, dict):
+        if key == "pattern" and isinstance(value, str):
+            plain[key] = ascii_classes(value)
+        elif key == "patternProperties" and isinstance(value, dict):
+            plain[key] = {ascii_classes(name): _inner(part) for name, part in value.items()}
+        elif key in _MAPS and isinstance(value, dict):
             plain[key] = {name: _inner(part) for name, part in value.items()}
         else:
             plain[key] = value if key in _VALUES else _inner(value)
     return plain
+
+
+def ascii_classes(pattern: str) -> str:
+    """``\\d`` and ``\\w`` as JSON Schema has them (ECMA 262): of ASCII. The compiler takes every script's, and
+    a model that would rather write something else writes digits of scripts that nobody asked for."""
+    return _ESCAPED.sub(lambda found: _CLASSES.get(found[0], found[0]), pattern)
 
 
 def _inner(value: Any) -> Any:
