@@ -24,6 +24,14 @@ from tests.schemas import random_schema
 PROMPT = "Write one JSON object that describes a person and follows this schema: "
 
 
+def prompt_of(llm: LLM, schema: object) -> list[int]:
+    """As a chat, where the model has been trained for that."""
+    text = PROMPT + json.dumps(schema)
+    if llm.tokenizer is not None and llm.tokenizer.has_chat_template:
+        return llm.chat_token_ids([{"role": "user", "content": text}])
+    return llm.preparer.token_ids(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
@@ -36,7 +44,7 @@ def main() -> None:
     rng = Random(args.seed)
     schemas = [random_schema(rng) for _ in range(args.schemas)]
     with LLM(args.model, max_model_len=4096) as llm:
-        chats = [llm.chat_token_ids([{"role": "user", "content": PROMPT + json.dumps(s)}]) for s in schemas]
+        chats = [prompt_of(llm, schema) for schema in schemas]
         params = [
             SamplingParams(
                 structured=StructuredOutput.json_schema(schema),

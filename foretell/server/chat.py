@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from foretell.errors import InvalidRequestError
-from foretell.server.tools import ToolCallDelta as ToolCallDelta
 from foretell.server.tools import (
+    ConstrainedParser,
     ToolParser,
     detect_tool_format,
     marker_tokens,
@@ -20,6 +20,7 @@ from foretell.server.tools import (
     tool_choice_schema,
     tool_parser_for,
 )
+from foretell.server.tools import ToolCallDelta as ToolCallDelta
 
 if TYPE_CHECKING:
     from foretell.core.params import SamplingParams
@@ -163,8 +164,9 @@ def answer_params(engine: TextEngine, request: ChatRequest) -> SamplingParams:
 
 def new_parser(engine: TextEngine, request: ChatRequest) -> ToolParser:
     """For one answer; calls of tools that the request does not have come out as text."""
-    names = [tool["function"]["name"] for tool in request.tools]
-    return tool_parser_for("json" if request.tool_choice != "auto" else tool_format(engine), names)
+    if request.tool_choice != "auto":
+        return ConstrainedParser()
+    return tool_parser_for(tool_format(engine), [tool["function"]["name"] for tool in request.tools])
 
 
 def tool_format(engine: TextEngine) -> str:

@@ -91,9 +91,13 @@ def test_a_required_tool_call_always_parses(tiny: LocalTextEngine, choice: Any) 
         calls = [call for delta in deltas for call in delta.tool_calls]
         assert [d.finish_reason for d in deltas if d.finish_reason] == ["tool_calls"]
         assert "".join(d.text for d in deltas) == ""
-        assert len(calls) == 1
+        assert [call.index for call in calls] == [0] * len(calls)
+        assert [call.name is not None for call in calls] == [call.id is not None for call in calls]
+        assert sum(call.name is not None for call in calls) == 1
         function = next(t["function"] for t in TOOLS if t["function"]["name"] == calls[0].name)
-        jsonschema.validate(json.loads(calls[0].arguments), function.get("parameters", {"maxProperties": 0}))
+        jsonschema.validate(
+            json.loads("".join(call.arguments for call in calls)), function.get("parameters", {"maxProperties": 0})
+        )
 
 
 def test_without_a_call_the_answer_is_text(tiny: LocalTextEngine) -> None:

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foretell.errors import InvalidRequestError
-from foretell.server.tools import TOOL_FORMATS, detect_tool_format, tool_choice_schema, tool_parser_for
+from foretell.server.tools import (
+    TOOL_FORMATS,
+    ConstrainedParser,
+    detect_tool_format,
+    tool_choice_schema,
+    tool_parser_for,
+)
 
 ARGS = {"city": 'Zürich </tool_call> "x" [1]{2}', "days": 3, "deep": {"a": [1, None, True]}}
 JSON_ARGS = json.dumps(ARGS, ensure_ascii=False)
@@ -169,6 +175,49 @@ def test_long_arguments_that_hold_the_end_marker_many_times() -> None:
     text = f"<tool_call>{long}</tool_call>"
     shown, calls = parse("hermes", [text[i : i + 16] for i in range(0, len(text), 16)])
     assert (shown, [c[0] for c in calls]) == ("", ["write"])
+
+
+def constrained(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    parser = ConstrainedParser()
+    texts, names, arguments = [], [], []
+    for text, deltas in [*map(parser.push, pieces), parser.finish()]:
+        texts.append(text)
+        for delta in deltas:
+            if delta.name is not None:
+                assert delta.index == len(names)
+                names.append(delta.name)
+                arguments.append("")
+            assert delta.index == len(names) - 1
+            arguments[-1] += delta.arguments
+    return "".join(texts), list(zip(names, arguments, strict=True))
+
+
+ANSWER = (
+    '[ {"name":"a\\"b" ,"parameters" :{"x": "}] {\\"", "y": {"z": [1]}}\n} , {"name": "c","parameters": {}}, '
+    '{\n "name": "d", "parameters": ' + JSON_ARGS + "} ]"
+)
+
+
+@given(st.lists(st.integers(0, len(ANSWER)), max_size=12))
+def test_a_constrained_answer_in_any_pieces(cuts: list[int]) -> None:
+    calls = [(call["name"], call["parameters"]) for call in json.loads(ANSWER)]
+    text, found = constrained([ANSWER[a:b] for a, b in pairwise(sorted({0, len(ANSWER), *cuts}))])
+    assert text == ""
+    assert [(name, json.loads(arguments)) for name, arguments in found] == calls
+
+
+def test_a_constrained_answers_arguments_come_as_they_are_written() -> None:
+    parser = ConstrainedParser()
+    assert parser.push('[{"name": "a", "param')[1] == []
+    pieces = [parser.push(piece)[1] for piece in ('eters": ', '{"x": ', "1}", "}]")]
+    assert [[(d.name, d.arguments) for d in piece] for piece in pieces] == [
+        [], [("a", ""), (None, '{"x": ')], [(None, "1}")], []
+    ]  # fmt: skip
+
+
+def test_a_constrained_answer_that_is_cut_short() -> None:
+    assert constrained(['[{"na']) == ('[{"na', [])
+    assert constrained(['[{"name": "a", "parameters": {"x": "lo']) == ("", [("a", '{"x": "lo')])
 
 
 @pytest.mark.parametrize(
