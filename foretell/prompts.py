@@ -32,11 +32,12 @@ class PromptPreparer:
                 raise InvalidRequestError("this model has no tokenizer: give the prompt as a list of token ids")
             ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         else:
-            ids = [int(i) if _is_index(i) else _bad_id(i) for i in prompt]
+            plain = set(map(type, prompt)) == {int}  # prompts are long: worth a look first
+            ids = list(prompt) if plain else [int(i) if _is_index(i) else _bad_id(i) for i in prompt]
         if not ids:
             raise InvalidRequestError("the prompt is empty: send at least one token")
-        worst = max(ids, key=lambda i: i if i >= 0 else self.vocab_size - i)
-        if not 0 <= worst < self.vocab_size:
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            worst = min(ids) if min(ids) < 0 else max(ids)
             raise InvalidRequestError(f"token id {worst} is outside the vocabulary of {self.vocab_size}")
         return ids
 

@@ -277,7 +277,7 @@ async def soak(seconds: float, *, clients: int = 24, seed: int = 0, rate: float 
     ) as server:  # fmt: skip
         idle = server.http
         first = Soak(server, seed, rate)
-        tasks = await server.num_tasks()
+        tasks, files = await server.num_tasks(), open_files(server)
         report = await first.run(seconds, clients)
         await idle.aclose()  # kept-alive connections go
         report.leaks["tasks"] -= tasks
@@ -285,6 +285,7 @@ async def soak(seconds: float, *, clients: int = 24, seed: int = 0, rate: float 
             while (open_now := connections(server)) > 0:
                 await asyncio.sleep(0.1)
         report.leaks["connections"] = open_now
+        report.leaks["files"] = open_files(server) - files
         server.signal()
         report.leaks["exit_status"] = await server.exit_status()
         return report
@@ -294,6 +295,11 @@ def connections(server: Served) -> int:
     """Established TCP connections of the HTTP process."""
     listed = psutil.Process(server.process.pid).net_connections("tcp")
     return sum(c.status == psutil.CONN_ESTABLISHED for c in listed)
+
+
+def open_files(server: Served) -> int:
+    """File descriptors of the HTTP process but for its connections."""
+    return psutil.Process(server.process.pid).num_fds() - connections(server)
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ def check_soak(seconds: float) -> float:
     assert leaks["exit_status"] == 0
     assert leaks["fds"][1] <= leaks["before"]["fds"][1], "the engine keeps file descriptors"
     assert leaks["connections"] == 0
+    assert leaks["files"] <= 0, "the server keeps file descriptors"
     assert report.outcomes["stream ok"] > 10
     assert report.outcomes["whole ok"] > 10
     return report.rss_bytes_per_1000

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -223,3 +225,26 @@ def test_closing_tells_those_under_way() -> None:
                 await client.control("stats")
 
     run(scenario)
+
+
+def test_the_event_loop_goes_on_while_a_long_prompt_is_tokenised(shared: tuple[asyncio.Runner, EngineClient]) -> None:
+    """A long prompt must not spike everyone's latency (vllm#21495): tokenising lets go of the interpreter."""
+    runner, client = shared
+    assert client.tokenizer is not None
+    tokenizer = client.tokenizer
+    text = "many words " * 100_000
+
+    def work() -> float:
+        started = time.perf_counter()
+        assert len(tokenizer.encode(text)) == len(text)
+        return time.perf_counter() - started
+
+    async def scenario() -> float:
+        """The longest stop of the loop, as a share of the time that tokenising took."""
+        task, turns = asyncio.create_task(asyncio.to_thread(work)), []
+        while not task.done():
+            turns.append(time.perf_counter())
+            await asyncio.sleep(0)
+        return max(b - a for a, b in pairwise(turns)) / task.result()
+
+    assert runner.run(scenario()) < 0.6  # holding the interpreter: all of it
