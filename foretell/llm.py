@@ -78,20 +78,25 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> list[RequestOutput]:
-        """Complete one conversation, or several, through the model's chat template."""
+        """Complete one conversation, or several, through the model's chat template, which is told of ``tools``
+        (OpenAI's function objects); ``kwargs`` are those of ``generate``."""
         arrival = self.now
         many = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if many else [messages]
-        prompts = [self.chat_token_ids(conversation) for conversation in conversations]
+        prompts = [self.chat_token_ids(conversation, tools) for conversation in conversations]
         return self.generate(prompts, params, **{"arrival": arrival, **kwargs})
 
-    def chat_token_ids(self, messages: Sequence[Message]) -> list[int]:
+    def chat_token_ids(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """A conversation as token ids, ready for the assistant's turn."""
         if self.tokenizer is None:
             raise InvalidRequestError("this model has no tokenizer: chat needs text, use generate with token ids")
-        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tools=tools)
         return self.preparer.token_ids(text, add_special_tokens=False)
 
     def embed(

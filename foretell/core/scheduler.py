@@ -332,6 +332,7 @@ class Scheduler:
             elif len(tokens) >= request.max_total_tokens:
                 output.finish_reason = "length"
         elif news.embedding is not None:
+            self.counters.prompt_tokens += request.prompt_len
             output.finish_reason = "stop"
         if request.progress_due or output.finish_reason is not None:
             request.progress_due = False

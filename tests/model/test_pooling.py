@@ -64,6 +64,7 @@ def test_equals_transformers_however_it_is_cut_and_the_twin_agrees(runner: str, 
             assert close(found[10 * i + j], expected)
             assert close(found[100 + 10 * i + j], expected)
     assert all(pool.num_free == pool.num_blocks for pool in engine.scheduler.blocks.pools)
+    assert engine.scheduler.counters.prompt_tokens == 2 * (2 * sum(map(len, PROMPTS)) + len(PROMPTS[0]))
     executor: Any = engine.executor
     twin = ReplayExecutor((60,), depth=executor.depth, chain=executor.chain)
     replay(events, Engine(config, twin))

@@ -7,6 +7,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -23,7 +24,7 @@ from foretell.store import load_tokenizer, resolve
 from tests.model import test_device_runner as device
 from tests.model import test_whatever_happens_around as plain
 from tests.schemas import random_schema
-from tests.server.tiny import tiny_folder
+from tests.server.tiny import tiny_folder, write_model
 
 SCHEMA = {
     "type": "object",
@@ -179,6 +180,17 @@ def test_what_cannot_be_compiled_is_refused_in_one_line_before_anything_runs(
     assert "\n" not in str(caught.value)
     with pytest.raises(InvalidRequestError, match=part):
         next(iter(llm.stream("x", params(form))))
+
+
+def test_chat_tells_the_template_of_tools(tmp_path: Path) -> None:
+    template = "{{ tools[0].function.name if tools else 'none' }}:{{ messages[-1].content }}"
+    with LLM(str(write_model(tmp_path, template)), load_format="dummy", kv_cache_bytes=1_000_000) as llm:
+        assert llm.tokenizer is not None
+        talk, tools = [{"role": "user", "content": "Hi"}], [{"type": "function", "function": {"name": "get"}}]
+        short = SamplingParams(max_tokens=1)
+        output = llm.chat(talk, short, tools=tools)[0]
+        assert llm.tokenizer.decode(output.prompt_token_ids) == "get:Hi"
+        assert llm.tokenizer.decode(llm.chat(talk, short)[0].prompt_token_ids) == "none:Hi"
 
 
 def test_asyncio_goes_on_while_a_grammar_is_compiled() -> None:
