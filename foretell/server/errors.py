@@ -20,6 +20,7 @@ _TYPES = {
     504: "timeout_error",
 }
 _ANTHROPIC_TYPES = {**_TYPES, 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
+NO_THREADS = "thread_unsupported_request"  # the code that tells Anthropic's client to go on without a thread
 INTERNAL_MESSAGE = "the server failed on this request; its log says why under this request id"
 
 
@@ -74,7 +75,8 @@ def told(error: BaseException) -> ApiError:
 def error_body(error: ApiError, path: str = "", request_id: str | None = None) -> dict[str, Any]:
     """The JSON object for ``error``; ``path`` decides whose shape it has."""
     if path.startswith("/v1/messages"):
-        kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
-        return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+        shown = {"type": _ANTHROPIC_TYPES.get(error.status, "api_error"), "message": error.message}
+        details = {"details": {"error_code": NO_THREADS}} if error.code == NO_THREADS else {}
+        return {"type": "error", "error": {**shown, **details}, "request_id": request_id}
     kind = _TYPES.get(error.status, "server_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}

@@ -170,6 +170,31 @@ def test_one_call_at_a_time_ends_the_answer_early(engine: LocalTextEngine) -> No
         assert on.engine.abandoned == 2
 
 
+def test_the_clients_tool_runner_runs_unchanged(engine: LocalTextEngine) -> None:
+    """It asks for a thread first; told that there is none, it sends the whole conversation."""
+    asked_for: list[str] = []
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """The weather in a city."""
+        asked_for.append(city)
+        return "sun"
+
+    with saying(engine, PARIS, "Sunny.") as on:
+        runner = on.anthropic.beta.messages.tool_runner(
+            model=MODEL, max_tokens=99, tools=[get_weather], messages=[{"role": "user", "content": "Weather?"}]
+        )
+        reasons = [(message.stop_reason, message.content[0].type) for message in runner]
+        assert reasons == [("tool_use", "tool_use"), ("end_turn", "text")]
+        assert asked_for == ["Paris"]
+        assert "<|im_start|>tool\nsun<|im_end|>" in on.engine.prompts[-1]
+        with pytest.raises(anthropic.BadRequestError, match="no threads are kept here") as caught:
+            on.anthropic.messages.create(
+                model=MODEL, max_tokens=1, messages=ASK, extra_body={"thread": {"type": "create"}}
+            )
+        assert caught.value.error_code == "thread_unsupported_request"
+
+
 def test_tool_choice_none_leaves_the_text_as_it_is(engine: LocalTextEngine) -> None:
     with saying(engine, PARIS) as on:
         answer = on.openai.responses.create(model=MODEL, input="?", tools=[TOOL], tool_choice="none")

@@ -183,6 +183,7 @@ class MessagesRequest(CountTokensRequest):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     metadata: MessagesMetadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    thread: dict[str, Any] | None = None  # refused in words that clients understand: they go on without one
     container: Annotated[None, BeforeValidator(unsupported("nothing is run here"))] = None
     diagnostics: Annotated[None, BeforeValidator(unsupported("see /metrics for the prefix cache"))] = None
     inference_geo: Annotated[None, BeforeValidator(unsupported("it runs where the server runs"))] = None

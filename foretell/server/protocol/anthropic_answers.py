@@ -43,9 +43,14 @@ class TokenCount(Response):
     input_tokens: int
 
 
+class MessagesErrorDetails(Response):
+    error_code: str
+
+
 class MessagesErrorObject(Response):
     type: str
     message: str
+    details: MessagesErrorDetails | None = None
 
 
 class MessagesError(Response):

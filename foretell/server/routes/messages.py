@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from foretell.server.answering import sound_deltas
 from foretell.server.chat import ChatRequest, answer_params, prompt_ids_aside
 from foretell.server.context import Server, server_of
-from foretell.server.errors import ApiError
+from foretell.server.errors import NO_THREADS, ApiError
 from foretell.server.limits import parse
 from foretell.server.messages_events import Event, MessageEvents
 from foretell.server.messages_request import allows_one_call, begin_message, chat_request, stop_of, usage_of
@@ -43,6 +43,8 @@ async def create_message(request: Request) -> Response:
     _check_version(request)
     asked = await parse(request, MessagesRequest, server.config)
     model = server.check_model(asked.model)
+    if asked.thread is not None:
+        raise ApiError(400, "no threads are kept here: send the whole conversation", param="thread", code=NO_THREADS)
     chat = chat_request(asked, server)
     ids = await prompt_ids_aside(server.engine, chat)
     server.engine.check(ids, answer_params(server.engine, chat))
