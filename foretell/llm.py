@@ -195,11 +195,10 @@ class LLM:
         updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         trackers: list[Tracker] = []
         try:
-            for prompt, ids, params in prepared:
-                text = prompt if isinstance(prompt, str) else None
-                trackers.append(
-                    self.service.submit(text, ids, params, updates.put, arrival=arrival, priority=priority)
-                )
+            requests = [
+                (prompt if isinstance(prompt, str) else None, ids, params) for prompt, ids, params in prepared
+            ]
+            trackers = self.service.submit_all(requests, updates.put, arrival=arrival, priority=priority)
             with _progress_bar(len(trackers), progress) as bar:
                 open_ids = {tracker.output.request_id for tracker in trackers}
                 while open_ids:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,24 @@ class EngineService:
         tracker = Tracker(next(self._ids), prompt, prompt_token_ids, params, callback, arrival)
         self.loop.post(lambda: self.tracking.start(tracker, priority))
         return tracker
+
+    def submit_all(
+        self,
+        requests: Sequence[tuple[str | None, list[int], SamplingParams]],
+        callback: Callback,
+        *,
+        arrival: float,
+        priority: int = 0,
+    ) -> list[Tracker]:
+        """Queue requests together: the first step may take any of them."""
+        trackers = [Tracker(next(self._ids), *request, callback, arrival) for request in requests]
+
+        def start() -> None:
+            for tracker in trackers:
+                self.tracking.start(tracker, priority)
+
+        self.loop.post(start)
+        return trackers
 
     def abort(self, tracker: Tracker) -> None:
         """End a request; its last update has finish_reason "abort". Nothing happens if it has ended."""
