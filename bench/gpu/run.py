@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foretell import LLM
+from foretell import LLM, SamplingParams
 from foretell.benchmark.offline import common_output_len
 from foretell.benchmark.setup import greedy_params
 from foretell.benchmark.simulate import simulate
+from foretell.core.engine import Engine
 from foretell.cost import FloorCost, Hardware
 from foretell.trace.workloads import Workload, named_workload
 
@@ -121,7 +122,8 @@ def measure(llm: LLM, model: str, name: str, repeat: int) -> Row:
         return seconds
 
     if name.startswith("offline"):
-        timed(limit=8)  # long enough to see every kind of step
+        touch_every_size(llm)
+        timed(limit=8)
         repeat = 1
     else:
         timed()
@@ -152,6 +154,38 @@ def measure(llm: LLM, model: str, name: str, repeat: int) -> Row:
     if model == "llama-2-7b":
         bar = floor * OF_FLOOR[name] if unit == "ms" else floor / OF_FLOOR[name]
     return Row(model, name, unit, floor, value, rival, bar, aim, walls, first_walls, host)
+
+
+def touch_every_size(llm: LLM) -> None:
+    """Decode with every number of sequences, so that each graph is there: a server's first minutes."""
+    count = llm.assembly.engine.scheduler.config.max_num_seqs
+    params = [SamplingParams(temperature=0, max_tokens=2 + i // 4, ignore_eos=True) for i in range(count)]
+    llm.generate([[1000 + i] * 8 for i in range(count)], params, progress=False)
+
+
+def profile_host(llm: LLM, name: str) -> None:
+    """Where the engine thread's Python goes while it runs a workload's requests."""
+    import cProfile
+    import pstats
+
+    workload = named_workload(name, llm.spec.vocab_size)
+    params = greedy_params(workload, 20)
+    requests = [(workload.token_ids(i, llm.spec.vocab_size), params[i]) for i in range(len(params))]
+
+    def drive(engine: Engine) -> None:
+        profiler, started = cProfile.Profile(), time.perf_counter()
+        profiler.enable()
+        for number, (prompt, own) in enumerate(requests):
+            engine.add(10**9 + number, prompt, own)
+        steps = 0
+        while engine.has_work:
+            engine.step()
+            steps += 1
+        profiler.disable()
+        print(f"-- host, {name}: {steps} steps in {time.perf_counter() - started:.3f} s")
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(28)
+
+    llm.service.call(drive).result()
 
 
 def floor_seconds(llm: LLM, workload: Workload, limit: int | None = None) -> float:
@@ -243,6 +277,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--start-up", action="store_true")
     parser.add_argument("--profile", default="", help="workloads to profile by kernel")
+    parser.add_argument("--profile-host", default="", help="workloads whose Python is profiled")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--option", action="append", default=[], help="name=value for LLM")
     arguments = parser.parse_args()
@@ -256,7 +291,7 @@ def main() -> None:
         if arguments.start_up:
             result["start_up"][model] = start_up(path)
         names = [name for m, name in TABLE if m == model and (not wanted or name in wanted)]
-        if not names and not arguments.profile:
+        if not (names or arguments.profile or arguments.profile_host):
             continue
         with LLM(path, **options) as llm:
             print(model, {k: round(v, 2) for k, v in llm.assembly.phases.items()}, llm.assembly.kernels, flush=True)
@@ -266,15 +301,19 @@ def main() -> None:
             result["ledger"][model] = show_ledger(llm)
             if arguments.profile:
                 profile(llm, arguments.profile.split(","))
+            for name in filter(None, arguments.profile_host.split(",")):
+                profile_host(llm, name)
+        write(arguments.out, result, rows)
+    held = sum(row.held is True for row in rows)
+    print(json.dumps({"bench": "gpu", "rows": len(rows), "held": held}))
+
+
+def write(out: Path, result: dict[str, Any], rows: list[Row]) -> None:
+    """After every model, so that a run cut short leaves what it found."""
+    out.mkdir(parents=True, exist_ok=True)
+    card, models = result["card"].split()[-1].lower(), "-".join(sorted({row.model for row in rows}))
     result["rows"] = [row.as_dict() for row in rows]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    target = arguments.out / f"gpu-{result['card'].split()[-1].lower()}-{result['date']}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        json.dumps(
-            {"bench": "gpu", "file": str(target), "rows": len(rows), "held": sum(r.held is True for r in rows)}
-        )
-    )
+    (out / f"gpu-{card}-{result['date']}-{models}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
