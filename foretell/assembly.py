@@ -52,6 +52,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     watermark: float = 0.01
     starvation_turns: int = 64
+    admission_batch: int | None = None  # 1 on a CPU, a 32nd of max_num_seqs on a GPU
     seed: int = 0
     kernels: str = "auto"
     batch_invariant: bool = False
@@ -75,7 +76,14 @@ class EngineOptions:
         for name in ("block_size", "starvation_turns", "tp", "pp"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, f"{name} must be a whole number ≥ 1, got {value!r}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_bytes", "num_threads"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "kv_cache_bytes",
+            "num_threads",
+            "admission_batch",
+        ):
             value = getattr(self, name)
             need(value is None or (isinstance(value, int) and value >= 1), f"{name} must be ≥ 1, got {value!r}")
         need(
@@ -331,8 +339,9 @@ def _load_ranks(
 
 def scheduler_config(options: EngineOptions, max_model_len: int, device: str = "cpu") -> SchedulerConfig:
     most_tokens = options.max_num_batched_tokens or max(DEFAULT_MAX_TOKENS[device], options.max_num_seqs or 1)
+    most_seqs = options.max_num_seqs or min(DEFAULT_MAX_SEQS[device], most_tokens)
     return SchedulerConfig(
-        max_num_seqs=options.max_num_seqs or min(DEFAULT_MAX_SEQS[device], most_tokens),
+        max_num_seqs=most_seqs,
         max_num_batched_tokens=most_tokens,
         max_model_len=max_model_len,
         max_chunk_tokens=options.max_chunk_tokens,
@@ -341,6 +350,7 @@ def scheduler_config(options: EngineOptions, max_model_len: int, device: str = "
         enable_prefix_caching=options.enable_prefix_caching,
         watermark=options.watermark,
         starvation_turns=options.starvation_turns,
+        admission_batch=options.admission_batch or (max(1, most_seqs // 32) if device == "cuda" else 1),
     )
 
 

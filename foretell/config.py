@@ -123,3 +123,4 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     watermark: float = 0.01  # share of blocks that admission leaves free for running requests
     starvation_turns: int = 64  # after being passed over this often, a request goes first
+    admission_batch: int = 1  # once all sequences are in use, wait for so many to be free, or for so many turns

@@ -194,11 +194,17 @@ class LLM:
     ) -> list[RequestOutput]:
         updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         trackers: list[Tracker] = []
+
+        def tell(update: Update) -> None:
+            """Ends only: each token would wake this thread, and have it contend with the engine's."""
+            if update.error is not None or update.finish_reason is not None:
+                updates.put(update)
+
         try:
             requests = [
                 (prompt if isinstance(prompt, str) else None, ids, params) for prompt, ids, params in prepared
             ]
-            trackers = self.service.submit_all(requests, updates.put, arrival=arrival, priority=priority)
+            trackers = self.service.submit_all(requests, tell, arrival=arrival, priority=priority)
             with _progress_bar(len(trackers), progress) as bar:
                 open_ids = {tracker.output.request_id for tracker in trackers}
                 while open_ids:

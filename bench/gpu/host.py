@@ -40,7 +40,7 @@ class Nothing:
     def forward(self, token_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         return self.hidden[: len(token_ids)]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return self.scores[: len(hidden)]
 
     def size_for(self, rows: int) -> int:

@@ -43,6 +43,8 @@ class Scheduler:
         self.waiting = WaitingQueue(config.starvation_turns)
         self.admission = Admission(config, blocks, self.waiting, self.running)
         self.turn = 0
+        self._was_full = False  # all sequences were in use since the last admission
+        self._free_since = 0  # the turn from which on some are not
         self._orders = 0
         self._batches: dict[int, Batch] = {}
         self._next_batch_id = 0
@@ -253,8 +255,20 @@ class Scheduler:
             if not self._admit(request, plan, now) and self.waiting.first(self.turn) is request:
                 plan.admission_closed = True
 
+    def _has_free_sequences(self) -> bool:
+        """Prompts that join one by one cost a mixed step each; where those are dear, an engine that was full waits
+        until several can join at once, or all that wait, though never longer than as many turns."""
+        free, several = self.config.max_num_seqs - len(self.running), self.config.admission_batch
+        if free <= 0 or not self._was_full:
+            return free > 0
+        self._free_since = self._free_since or self.turn
+        if self.running and free < min(several, self.num_waiting) and self.turn - self._free_since < several:
+            return False
+        self._was_full, self._free_since = False, 0
+        return True
+
     def _admit(self, request: Request, plan: _Plan, now: float) -> bool:
-        if len(self.running) >= self.config.max_num_seqs or plan.blocked_from is not None:
+        if plan.blocked_from is not None or not self._has_free_sequences():
             return False
         if not self.policy.mixes and plan.prefill is False:
             return False
@@ -278,6 +292,7 @@ class Scheduler:
     ) -> None:
         self.waiting.pop_first()
         self.running.append(request)
+        self._was_full = len(self.running) == self.config.max_num_seqs
         chunk = plan.chunks[-1]
         chunk.new_block_ids = tuple(
             shared + new for shared, new in zip(first_blocks, chunk.new_block_ids, strict=True)

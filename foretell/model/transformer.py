@@ -41,10 +41,11 @@ class Head:
     linear: Linear  # [vocab, h]
     divisor: float = 1.0
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [R, h] → [R, vocab] float32."""
-        logits = self.linear(hidden).float()
-        return logits if self.divisor == 1.0 else logits / self.divisor
+    def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [R, h] → [R, vocab] float32, in ``out`` where that is given."""
+        scores = self.linear(hidden)
+        logits = scores.float() if out is None else out.copy_(scores)
+        return logits if self.divisor == 1.0 else logits.div_(self.divisor)
 
 
 @dataclass(slots=True)
@@ -96,10 +97,10 @@ class Transformer:
         assert self.final_norm is not None, "only the last pipeline stage applies the final norm"
         return self.final_norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, h] (rows that shall be sampled from) → [R, vocab] float32."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [R, h] (rows that shall be sampled from) → [R, vocab] float32, in ``out`` where that is given."""
         assert self.head is not None, "only the last pipeline stage has the head"
-        return self.head(hidden)
+        return self.head(hidden, out)
 
     def reserve(self, max_length: int, device: torch.device) -> None:
         """Build the rotary tables for this many positions ahead of time, e.g. before a CUDA graph."""

@@ -34,7 +34,7 @@ def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
 
 class CudaGraphs:
     """One graph per size, sharing one memory pool: they run one after the other, and what they leave behind lies
-    in static buffers, but for the logits, which are read before the next step."""
+    in static buffers."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self.sizes = graph_sizes(max_num_seqs)

@@ -212,7 +212,7 @@ class DeviceRunner:
         return self.model.forward(self.buffers.token_ids[: layout.num_tokens], context, self.kv)
 
     def _greedy(self, layout: StepLayout, hidden: Tensor) -> Tensor:
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(hidden, self.buffers.logits[: len(hidden)])
         self.ends.greedy(self.buffers, layout, logits)
         return logits
 

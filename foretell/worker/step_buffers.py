@@ -96,6 +96,7 @@ class StepBuffers:
         for table, block in zip(self.resident, spare_blocks, strict=True):
             table[self.spare_slot] = block
         self.last_token = empty(self.max_seqs + 1, dtype=torch.int64)
+        self.logits = empty(self.max_seqs, vocab_size, dtype=torch.float32)
         self.sampled = empty(self.max_seqs, dtype=torch.int64)
         self.sampled_host = [
             torch.zeros(self.max_seqs, dtype=torch.int64, pin_memory=pinned) for _ in range(in_flight)
@@ -104,7 +105,15 @@ class StepBuffers:
     @property
     def nbytes(self) -> int:
         """Device memory of all of them."""
-        single = (self.staging, self.token_ids, self.positions, self.kv_lens, self.last_token, self.sampled)
+        single = (
+            self.staging,
+            self.token_ids,
+            self.positions,
+            self.kv_lens,
+            self.last_token,
+            self.logits,
+            self.sampled,
+        )
         return sum(t.nbytes for t in (*single, *self.kv_slots, *self.tables, *self.resident))
 
     def send(self, ring: int, num_words: int) -> None:

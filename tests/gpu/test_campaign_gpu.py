@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+KV_BYTES = 8 << 20  # 8 thousand tokens: room for an eighth of the sequences
 REQUESTS = int(os.environ.get("FORETELL_CAMPAIGN", "10000"))
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4000, "hidden_size": 512,
@@ -31,7 +32,7 @@ def test_random_requests_with_preemptions_and_aborts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     llm = LLM(
         str(tmp_path), load_format="dummy", device="cuda", max_num_seqs=200, max_num_batched_tokens=2048,
-        max_model_len=2048, memory_share=0.5, kv_cache_bytes=40 << 20,
+        max_model_len=2048, memory_share=0.5, kv_cache_bytes=KV_BYTES,
     )  # fmt: skip
     engine, rng = llm.assembly.engine, random.Random(1)
     shared = [[rng.randrange(4000) for _ in range(400)] for _ in range(4)]

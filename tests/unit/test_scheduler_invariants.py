@@ -39,6 +39,7 @@ def setups(draw: st.DrawFn) -> dict[str, Any]:
             enable_prefix_caching=draw(st.booleans()),
             watermark=draw(st.sampled_from([0.0, 0.01, 0.2])),
             starvation_turns=draw(st.sampled_from([1, 4, 64])),
+            admission_batch=draw(st.sampled_from([1, 1, 3, 9])),
         ),
         "windows": windows,
         "num_blocks": num_blocks,
@@ -322,3 +323,22 @@ def test_no_starvation_once_aged_nobody_younger_is_admitted_first(setup: dict[st
 
     scheduler._finish_admission = watch  # type: ignore[method-assign]
     run.drain()
+
+
+def test_a_full_engine_admits_several_at_once_but_waits_no_longer_than_as_many_turns() -> None:
+    def joined(batch: int, lengths: list[int]) -> list[int]:
+        """How many prompts each batch began, with four sequences and requests of these output lengths."""
+        config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, admission_batch=batch)
+        executor = HistoryExecutor((64,), (None,), 16)
+        engine = Engine(config, executor)
+        for i, length in enumerate(lengths):
+            engine.add(i, [i + 1, 2, 3], SamplingParams(max_tokens=length, ignore_eos=True))
+        while engine.has_work:
+            engine.step()
+        return [len(b.added) for b in executor.batches if b.added]
+
+    lengths = [2, 4, 6, 8, *[5] * 6]
+    assert joined(1, lengths)[:4] == [4, 1, 1, 1]
+    assert joined(3, lengths)[:2] == [4, 2]  # the third turn after the first was free
+    assert joined(2, [3, 3, 20, 20, 5, 5]) == [4, 2]
+    assert joined(4, [2, 9, 9, 9, 5]) == [4, 1]  # all that wait
