@@ -33,6 +33,8 @@ class ServerConfig:
 
     max_body_bytes: int = 4 << 20
     max_json_depth: int = 64
+    max_json_values: int = 262_144  # in one body: token ids mostly
+    max_object_keys: int = 8192  # in one object of it
     body_timeout_seconds: float = 30.0
     max_prompt_chars: int = 1_000_000  # of one prompt, or of one conversation as the template renders it
     max_prompts: int = 128  # in one request

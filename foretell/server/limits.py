@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=BaseModel)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # also one that never ends
+_ASIDE_BYTES = 64 << 10  # larger bodies are parsed in a thread, or others would wait
 _MAX_NUMBER_CHARS = 40  # longer ones are bombs or noise: 2^64 has 20 digits
 
 
@@ -32,8 +35,15 @@ async def parse(request: Request, model: type[Model], config: ServerConfig) -> M
         )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "compressed bodies are not read: send it as it is", code="unsupported_media_type")
-    value = parse_json(await read_body(request, config), config.max_json_depth)
-    return validate(model, value)
+    body = await read_body(request, config)
+    if len(body) <= _ASIDE_BYTES:
+        return _parsed(body, model, config)
+    return await asyncio.to_thread(_parsed, body, model, config)
+
+
+def _parsed(body: bytes, model: type[Model], config: ServerConfig) -> Model:
+    check_size(body, config.max_json_values)
+    return validate(model, parse_json(body, config.max_json_depth, config.max_object_keys))
 
 
 async def read_body(request: Request, config: ServerConfig) -> bytes:
@@ -65,12 +75,25 @@ async def read_body(request: Request, config: ServerConfig) -> bytes:
     return b"".join(parts)
 
 
-def parse_json(body: bytes, max_depth: int) -> Any:
+def check_size(body: bytes, max_values: int) -> None:
+    """ApiError 400 for a body of more than so many values. It is counted before anything is made of it, from the
+    punctuation outside strings (a list in a list counts twice); text may be as long as the body."""
+    if len(body) <= max_values:
+        return
+    too_many = body.count(b'"') - body.count(b'\\"') > 4 * max_values  # quickly: a value has at most a key and a text
+    if not too_many:
+        rest = _STRINGS.sub(b"", body)
+        too_many = sum(rest.count(mark) for mark in (b",", b"[", b"{")) > max_values
+    if too_many:
+        raise ApiError(400, f"the body holds more than {max_values} values: send less at once", code="too_large")
+
+
+def parse_json(body: bytes, max_depth: int, max_keys: int = 8192) -> Any:
     """Strict JSON: UTF-8, no NaN or Infinity, no key twice, no lone surrogates, no huge numbers, bounded depth."""
     try:
         value = json.loads(
             body.decode("utf-8"),
-            object_pairs_hook=_unique,
+            object_pairs_hook=partial(_unique, max_keys),
             parse_constant=_constant,
             parse_float=_float,
             parse_int=_int,
@@ -132,7 +155,9 @@ def _bad(why: str) -> ApiError:
     return ApiError(400, f"the body is no valid JSON: {why}", code="invalid_json")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(max_keys: int, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > max_keys:
+        raise ApiError(400, f"an object of the body has more than {max_keys} keys", code="too_large")
     found = dict(pairs)
     if len(found) != len(pairs):
         raise _bad("an object has the same key twice")

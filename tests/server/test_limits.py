@@ -8,10 +8,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from foretell.errors import ConfigError
 from foretell.server.config import ServerConfig
+from foretell.server.errors import ApiError
+from foretell.server.limits import check_size
 from foretell.server.local_engine import LocalTextEngine
+from foretell.server.protocol.completions import CompletionRequest
 from tests.server.client import client_for, request, run
 from tests.server.live import serving
 
@@ -54,6 +60,8 @@ LIMITS: list[tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]] = [
     ({"max_template_kwargs": 1}, "chat", {"chat_template_kwargs": {"a": 1}},
      {"chat_template_kwargs": {"a": 1, "b": 1}}),
     ({"max_json_depth": 3}, "chat", {}, {"metadata": {"a": {"b": {"c": {}}}}}),
+    ({"max_json_values": 8}, "completions", {"prompt": [1, 2, 3, 4, 5]}, {"prompt": list(range(20))}),
+    ({"max_object_keys": 3}, "completions", {}, {"n": 1, "stream": False}),
     ({"max_body_bytes": 200}, "completions", {}, {"user": "x" * 200}),
 ]  # fmt: skip
 
@@ -70,6 +78,40 @@ def test_a_limit_holds(
     assert refused.status_code == (413 if "max_body_bytes" in limit else 400), refused.text
     assert str(next(iter(limit.values()))) in refused.json()["error"]["message"]
     assert request(tiny, "POST", path, json={**base, **beyond}).status_code in (200, 400)
+
+
+QUOTES = st.text(alphabet='\\"[]{},ab ', max_size=12)
+
+
+@given(value=st.recursive(QUOTES | st.integers(), lambda v: st.lists(v) | st.dictionaries(QUOTES, v), max_leaves=30))
+def test_values_are_counted_without_parsing(value: Any) -> None:
+    """At least all but one are counted, and none more than twice; what is in texts does not count."""
+
+    def count(item: Any) -> int:
+        if isinstance(item, dict):
+            return 1 + sum(count(inner) for inner in item.values())
+        return 1 + sum(count(inner) for inner in item) if isinstance(item, list) else 1
+
+    body, values = json.dumps([value, 0]).encode(), count([value, 0])
+    check_size(body, 2 * values)
+    with pytest.raises(ApiError, match="values: send less"):
+        check_size(body, values - 2)
+
+
+def test_a_million_faults_are_one_complaint(tiny: LocalTextEngine) -> None:
+    """Each of these took minutes when every entry was complained about."""
+    config = ServerConfig(max_json_values=2**30, max_object_keys=2**30)
+    for field, entry in (("prompt", "1.5"), ("prompt", "{}"), ("stop", "1"), ("stop_token_ids", "-1")):
+        body = f'{{"prompt": "x", "{field}": [{",".join([entry] * 50_000)}]}}'.replace(
+            '"prompt": "x", "prompt"', '"prompt"'
+        )
+        answer = request(
+            tiny, "POST", "/v1/completions", config, content=body, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 400
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"prompt": "x", "stop_token_ids": [-1] * 50_000})
+    assert len(caught.value.errors()) == 1
 
 
 def test_an_embeddings_request_has_a_limit_too(tiny: LocalTextEngine) -> None:
