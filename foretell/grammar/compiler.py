@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from foretell.store import Tokenizer
 
-MAX_WAITING: Final = 256
+MAX_WAITING: Final = 64  # different forms
 
 
 class GrammarCompiler:
@@ -41,7 +41,7 @@ class GrammarCompiler:
         self._kept_bytes = 0
         self._lock = threading.Lock()  # of what is kept
         self._compiling = threading.Lock()
-        self._waiting = 0
+        self._waiting: dict[StructuredOutput, list[Future[None]]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="foretell-grammar")
 
     def compile(self, form: StructuredOutput) -> None:
@@ -49,26 +49,24 @@ class GrammarCompiler:
         self._compiled(form)
 
     def submit(self, form: StructuredOutput) -> Future[None]:
-        """``compile`` in a thread of the compiler's own; done at once for a form that is ready, or known as bad.
-        Raises OverloadedError when too many wait."""
+        """``compile`` in a thread of the compiler's own, once for all who wait for the same; done at once for a form
+        that is ready, or known as bad. Cannot be cancelled. Raises OverloadedError when too many forms wait."""
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
         with self._lock:
             kept = self._kept.get(form)
+            first = kept is None and form not in self._waiting
+            if first and len(self._waiting) >= MAX_WAITING:
+                raise OverloadedError("too many grammars wait to be compiled: try again", 1.0)
             if kept is None:
-                if self._waiting >= MAX_WAITING:
-                    raise OverloadedError("too many grammars wait to be compiled: try again", 1.0)
-                self._waiting += 1
-        if kept is None:
+                self._waiting.setdefault(form, []).append(done)
+        if kept is not None:
+            _settle([done], InvalidRequestError(kept[0]) if isinstance(kept[0], str) else None)
+        elif first:
             try:
-                waiting = self._pool.submit(self.compile, form)
+                self._pool.submit(self._work, form)
             except RuntimeError:  # shut down
-                raise ForetellError("the engine was closed") from None
-            waiting.add_done_callback(self._one_less)  # also when it is cancelled before its turn
-            return waiting
-        if isinstance(kept[0], str):
-            done.set_exception(InvalidRequestError(kept[0]))
-        else:
-            done.set_result(None)
+                self._settle_all()
         return done
 
     def matcher(self, form: StructuredOutput, output_ids: Sequence[int] = ()) -> FormMatcher:
@@ -78,10 +76,23 @@ class GrammarCompiler:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._guard.close()
+        self._settle_all()
 
-    def _one_less(self, _: Future[None]) -> None:
+    def _work(self, form: StructuredOutput) -> None:
+        error: Exception | None = None
+        try:
+            self._compiled(form)
+        except Exception as found:  # told to those who wait
+            error = found
         with self._lock:
-            self._waiting -= 1
+            waiting = self._waiting.pop(form, [])
+        _settle(waiting, error)
+
+    def _settle_all(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, {}
+        for futures in waiting.values():
+            _settle(futures, ForetellError("the engine was closed"))
 
     def _compiled(self, form: StructuredOutput) -> LLMatcher:
         found = self._find(form)
@@ -129,3 +140,11 @@ class GrammarCompiler:
             while len(self._kept) > 1 and (len(self._kept) > CACHE_ENTRIES or self._kept_bytes > CACHE_BYTES):
                 _, (_, freed) = self._kept.popitem(last=False)
                 self._kept_bytes -= freed
+
+
+def _settle(futures: Sequence[Future[None]], error: Exception | None) -> None:
+    for future in futures:
+        if error is None:
+            future.set_result(None)
+        else:  # an error of its own for each who may raise it
+            future.set_exception(type(error)(str(error)) if isinstance(error, ForetellError) else error)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
 
-CHECK_CPU_SECONDS: Final = 2  # to compile one grammar; a machine that is busy may take longer by the clock
+CHECK_CPU_SECONDS: Final = 1  # to compile one grammar; a machine that is busy may take longer by the clock
 CHECK_BYTES: Final = 1 << 30  # address space of the process that checks
 CACHE_BYTES: Final = 256 << 20
 CACHE_ENTRIES: Final = 256

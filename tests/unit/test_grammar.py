@@ -287,8 +287,7 @@ def test_closing_does_not_wait_for_a_check_in_progress() -> None:
     assert not isinstance(waiting.exception(), InvalidRequestError)
     with pytest.raises(ForetellError, match="closed"):
         made.compile(StructuredOutput.regex("b"))
-    with pytest.raises(ForetellError, match="closed"):
-        made.submit(StructuredOutput.regex("b"))
+    assert isinstance(made.submit(StructuredOutput.regex("b")).exception(60), ForetellError)
 
 
 def test_a_checker_that_was_killed_is_started_again() -> None:
@@ -368,8 +367,8 @@ def test_known_forms_do_not_wait_behind_one_that_is_being_compiled(monkeypatch: 
         with pytest.raises(OverloadedError):
             made.submit(StructuredOutput.regex("one more"))
         assert not any(future.done() for future in waiting)
-        assert waiting.pop().cancel()  # its caller has left: there is room again
-        waiting.append(made.submit(StructuredOutput.regex("one more")))
+        waiting += [made.submit(StructuredOutput.regex("other")) for _ in range(100)]  # the same costs nothing
+        assert not waiting[-1].cancel()
         gate.set()
         for future in waiting:
             future.result(30)
