@@ -17,6 +17,7 @@ import uvicorn
 from foretell.errors import ConfigError
 from foretell.server.app import create_app
 from foretell.server.engine_client import EngineClient
+from foretell.server.http_connection import HttpConnection
 from foretell.server.replicas import ReplicaSet, make_replicas
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75  # longer than the 60 of common proxies, which would else meet closed connections
+MAX_FILES, OWN_FILES = 65536, 200
 LAST_WORDS_SECONDS = 2.0  # after the drain's end, for errors to reach their clients
 
 _ADVICE = {
@@ -95,6 +97,21 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"cannot listen on {host}:{port}: {advice}")
 
 
+def max_connections() -> int:
+    """As many as the process may open files, less some of its own; the limit is raised as far as it can be."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 1000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return max(64, soft - OWN_FILES)
+
+
 def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -148,7 +165,7 @@ class Server:
         self._http = _Uvicorn(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=HttpConnection,
                 ws="none",
                 lifespan="off",
                 access_log=False,
@@ -156,6 +173,7 @@ class Server:
                 server_header=False,
                 proxy_headers=False,
                 backlog=BACKLOG,
+                limit_concurrency=max_connections(),
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=int(self.drain_seconds + LAST_WORDS_SECONDS) + 1,
             )
