@@ -244,6 +244,36 @@ def test_required_and_named_tools_are_called_by_weights_that_know_nothing(engine
             assert message.content[0].input["city"] in ("Paris", "Rome")
 
 
+def test_a_required_call_is_streamed_and_may_be_cut(engine: LocalTextEngine) -> None:
+    """Arguments come in pieces. Cut at max_output_tokens they are incomplete, and a conversation can go on from it."""
+    with saying(engine) as on:
+        asked: Any = {"model": MODEL, "input": "?", "tools": [TOOL], "tool_choice": "required", "temperature": 0}
+        for max_tokens in (300, 50, 42):  # whole, and cut within the arguments, which begin after 38 or so
+            with on.openai.responses.stream(**asked, max_output_tokens=max_tokens) as stream:
+                events = list(stream)
+            final = strictly(Response, events[-1].response.to_dict(mode="python"))
+            deltas = [event for event in events if event.type == "response.function_call_arguments.delta"]
+            call = final.output[-1]
+            first = [event.delta for event in deltas if event.output_index == len(final.output) - 1]
+            assert (call.type, call.arguments) == ("function_call", "".join(first))
+            assert len(deltas) > 1
+            assert call.status == final.status == ("completed" if final.incomplete_details is None else "incomplete")
+            if final.status == "incomplete":
+                more = on.openai.responses.create(
+                    model=MODEL, input="Go on.", previous_response_id=final.id, max_output_tokens=3
+                )
+                assert more.usage.output_tokens == 3
+
+            claude: Any = {"model": MODEL, "max_tokens": max_tokens, "tools": [CLAUDE_TOOL], "messages": ASK}
+            claude |= {"tool_choice": {"type": "any"}, "extra_body": {"temperature": 0}}
+            with on.anthropic.messages.stream(**claude) as messages:
+                streamed = messages.get_final_message()
+            whole = on.anthropic.messages.create(**claude)
+            strictly(Message, whole.to_dict(mode="python"))
+            assert [_block(block) for block in streamed.content] == [_block(block) for block in whole.content]
+            assert isinstance(whole.content[-1].input, dict)
+
+
 def test_a_call_that_is_cut_off_is_incomplete(engine: LocalTextEngine) -> None:
     scripted: Any = ScriptedEngine(engine, [PARIS[:-22]], reason="length")
     with serving(scripted, ServerConfig(served_model_names=(MODEL,))) as url:
