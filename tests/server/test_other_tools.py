@@ -245,7 +245,7 @@ def test_required_and_named_tools_are_called_by_weights_that_know_nothing(engine
 
 
 def test_a_required_call_is_streamed_and_may_be_cut(engine: LocalTextEngine) -> None:
-    """Arguments come in pieces. Cut at max_output_tokens they are incomplete, and a conversation can go on from it."""
+    """Arguments come in pieces. Cut at the length they are incomplete, and a conversation can go on from it."""
     with saying(engine) as on:
         asked: Any = {"model": MODEL, "input": "?", "tools": [TOOL], "tool_choice": "required", "temperature": 0}
         for max_tokens in (300, 50, 42):  # whole, and cut within the arguments, which begin after 38 or so
