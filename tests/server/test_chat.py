@@ -85,6 +85,19 @@ def test_logprobs_spell_the_text(tiny: LocalTextEngine) -> None:
     assert post(tiny).choices[0].logprobs is None
 
 
+def test_prompt_logprobs_as_vllm_has_them(tiny: LocalTextEngine) -> None:
+    made, said = post(tiny, prompt_logprobs=2), direct(tiny, prompt_logprobs=2)
+    assert made.prompt_logprobs is not None
+    assert made.prompt_logprobs[0] is None
+    for shown, entry, token in zip(
+        made.prompt_logprobs[1:], said.prompt_logprobs[1:], said.prompt_token_ids[1:], strict=True
+    ):
+        assert shown is not None
+        assert shown[str(token)].logprob == pytest.approx(entry.logprob)
+        assert shown[str(token)].rank == entry.rank
+        assert {int(i) for i in shown} == {token, *(i for i, _ in entry.top)}
+
+
 def test_usage_in_every_chunk(tiny: LocalTextEngine) -> None:
     pieces = chunks(tiny, stream_options={"include_usage": True, "continuous_usage_stats": True})
     counts = [p.usage.completion_tokens for p in pieces if p.usage]
@@ -135,6 +148,7 @@ def test_earlier_tool_calls_reach_the_template_as_objects() -> None:
         ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "same name"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}],
           "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"continue_final_message": True}, "continue_final_message"), ({"web_search_options": {}}, "web_search"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def chat_request(body: ChatCompletionRequest, server: Server) -> ChatRequest:
         raise refused("max_tokens", "max_tokens and max_completion_tokens are the same thing: give one")
     if body.max_tokens == 0:
         raise refused("max_tokens", "max_tokens must be at least 1")
+    if body.stream and body.prompt_logprobs is not None:
+        raise refused("prompt_logprobs", "prompt_logprobs needs stream=false: no chunk has a place for them")
     if body.top_logprobs is not None and not body.logprobs:
         raise refused("top_logprobs", "top_logprobs needs logprobs=true")
     kwargs = body.chat_template_kwargs or {}
@@ -132,6 +135,13 @@ class Job:
             reasons[delta.index] = delta.finish_reason or reasons[delta.index]
         if output is None:
             raise RuntimeError("the engine ended a request without a word")
+        if self.chat.params.prompt_logprobs is None:
+            return self._answer(output, texts, calls, reasons)
+        return await asyncio.to_thread(self._answer, output, texts, calls, reasons)  # figures of each prompt token
+
+    def _answer(
+        self, output: RequestOutput, texts: list[str], calls: list[dict[int, dict[str, Any]]], reasons: list[str]
+    ) -> dict[str, Any]:
         names = self.names()
         choices = [self._choice(i, texts[i], calls[i], reasons[i], output, names) for i in range(len(texts))]
         made = {**self.head("chat.completion"), "choices": choices, "usage": usage_of([output])}

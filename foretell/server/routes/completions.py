@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -110,6 +111,11 @@ class Job:
         async for number, update in self.updates():
             raise_if_failed(update)
             outputs[number] = update.output
+        if self.params.prompt_logprobs is None:
+            return self._answer(outputs)
+        return await asyncio.to_thread(self._answer, outputs)  # figures of each prompt token: others need not wait
+
+    def _answer(self, outputs: dict[int, RequestOutput]) -> dict[str, Any]:
         choices = []
         for (number, index), writer in self.writers().items():
             output = outputs[number]
