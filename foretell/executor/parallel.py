@@ -7,7 +7,6 @@ others are ended, and ``wait`` raises ``RankError``: the engine stops, and a ser
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import select
@@ -29,7 +28,8 @@ from typing import TYPE_CHECKING
 from foretell.children import python_module, start_child
 from foretell.core.messages import Batch, Result
 from foretell.core.params import SamplingParams
-from foretell.errors import ForetellError, InvalidRequestError, OverloadedError
+from foretell.errors import ForetellError
+from foretell.executor.prepare import Preparing
 from foretell.parallel.layout import Layout
 from foretell.parallel.messages import (
     Beat,
@@ -87,8 +87,7 @@ class ParallelExecutor:
     ) -> None:
         """``setup(rank, store_url)``: what that rank is told first."""
         self.layout, self.num_blocks, self.depth = layout, num_blocks, layout.pp
-        self._preparing: dict[int, Future[None]] = {}
-        self._numbers = itertools.count()
+        self._preparing = Preparing()
         self._sampling_rank = next(
             i for i in range(layout.num_ranks) if layout.place(i).is_last and layout.place(i).shard == 0
         )
@@ -144,20 +143,12 @@ class ParallelExecutor:
     def prepare(self, params: SamplingParams) -> Future[None] | None:
         if params.structured is None:
             return None
-        prepared: Future[None] = Future()
-        prepared.set_running_or_notify_cancel()  # who waits for it may leave, and must not cancel what answers it
-        number = next(self._numbers)
-        self._preparing[number] = prepared
+        number, prepared = self._preparing.begin()
         try:
             self.ranks[self._sampling_rank].channel.send(Prepare(number, params.structured))
         except OSError:  # it is gone: the next look at it ends the engine
-            self._give_up_preparing()
+            self._preparing.give_up()
         return prepared
-
-    def _give_up_preparing(self) -> None:
-        waiting, self._preparing = self._preparing, {}
-        for prepared in waiting.values():
-            prepared.set_exception(ForetellError("the parallel engine has stopped"))
 
     def submit(self, batch: Batch) -> None:
         for request_id in batch.removed:
@@ -191,7 +182,7 @@ class ParallelExecutor:
         if self._closed:
             return
         self._closed = True
-        self._give_up_preparing()
+        self._preparing.give_up()
         for rank in self.ranks:
             with suppress(OSError):
                 rank.channel.send(Stop())
@@ -241,12 +232,7 @@ class ParallelExecutor:
             case Failed(reason):
                 rank.lost = f"failed: {reason}"
             case Prepared(number, error, later):
-                prepared = self._preparing.pop(number, None)
-                if prepared is not None and error:
-                    refusal = OverloadedError(error, 1.0) if later else InvalidRequestError(error)
-                    prepared.set_exception(refusal)
-                elif prepared is not None:
-                    prepared.set_result(None)
+                self._preparing.end(number, error, later=later)
             case Done(batch_id, results, started, finished, parts):
                 sent, _ = self._sent.pop(batch_id)
                 self._slowest = max(self._slowest, finished - sent)
@@ -284,7 +270,7 @@ class ParallelExecutor:
 
     def _fail(self, reason: str) -> None:
         self._kill()
-        self._give_up_preparing()
+        self._preparing.give_up()
         raise RankError(f"the parallel engine stopped: {reason}")
 
     def _kill(self) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from foretell.errors import ForetellError, InvalidRequestError
+from foretell.errors import ForetellError, InvalidRequestError, OverloadedError
 
 if TYPE_CHECKING:
     from foretell.core.params import SamplingParams
@@ -24,3 +25,32 @@ def prepare_grammar(grammars: GrammarCompiler | None, params: SamplingParams) ->
         refused: Future[None] = Future()
         refused.set_exception(error)
         return refused
+
+
+class Preparing:
+    """What another process prepares: futures by number. Who waits for one may leave, but cannot cancel it."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._futures: dict[int, Future[None]] = {}
+
+    def begin(self) -> tuple[int, Future[None]]:
+        number, future = next(self._numbers), Future[None]()
+        future.set_running_or_notify_cancel()
+        self._futures[number] = future
+        return number, future
+
+    def end(self, number: int, error: str, *, later: bool) -> None:
+        """``error``: why it cannot be, or ""; ``later``: it may be tried again."""
+        future = self._futures.pop(number, None)
+        if future is None:
+            return
+        if error:
+            future.set_exception(OverloadedError(error, 1.0) if later else InvalidRequestError(error))
+        else:
+            future.set_result(None)
+
+    def give_up(self) -> None:
+        futures, self._futures = self._futures, {}
+        for future in futures.values():
+            future.set_exception(ForetellError("the engine has stopped"))

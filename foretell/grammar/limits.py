@@ -12,7 +12,8 @@ CHECK_BYTES: Final = 1 << 30  # address space of the process that checks
 CACHE_BYTES: Final = 256 << 20
 CACHE_ENTRIES: Final = 256
 STEP_SECONDS: Final = 0.25  # one mask of one request; normal ones take 0.02 to 0.5 ms
-TOTAL_SECONDS: Final = 20.0  # all masks of one request
+TOTAL_SECONDS: Final = 5.0  # all masks of one request, …
+TOTAL_SECONDS_PER_TOKEN: Final = 0.005  # … and so much more with each of its tokens
 
 
 def parser_limits() -> LLParserLimits:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from foretell.grammar.limits import STEP_SECONDS, TOTAL_SECONDS
+from foretell.grammar.limits import STEP_SECONDS, TOTAL_SECONDS, TOTAL_SECONDS_PER_TOKEN
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -27,6 +27,7 @@ class FormMatcher:
         self._end_ids = [i for i in end_ids if i < vocab_size]
         self._words = np.zeros((vocab_size + 1 + 31) // 32, dtype=np.uint32)  # one bit per token
         self._seconds = 0.0
+        self._accepted = 0  # tokens
         self.longest_seconds = 0.0  # CPU time of the costliest step so far
         self.error = ""
         self.ended = False
@@ -52,6 +53,7 @@ class FormMatcher:
         if self.error or self.ended:
             return
         started = time.thread_time()
+        self._accepted += 1
         if not self._matcher.consume_token(token_id):
             self._fail(self._matcher.get_error())
         elif self._matcher.is_stopped():
@@ -62,7 +64,7 @@ class FormMatcher:
         """One request's form must not hold up the others in its batch for long."""
         self._seconds += seconds
         self.longest_seconds = max(self.longest_seconds, seconds)
-        if seconds > STEP_SECONDS or self._seconds > TOTAL_SECONDS:
+        if seconds > STEP_SECONDS or self._seconds > TOTAL_SECONDS + self._accepted * TOTAL_SECONDS_PER_TOKEN:
             self._fail("it takes too much time")
 
     def _fail(self, why: str) -> None:

@@ -316,6 +316,22 @@ def test_a_step_that_takes_too_long_ends_its_request_alone(
     assert compiler.matcher(form).allowed().any()
 
 
+def test_many_cheap_steps_are_allowed_and_many_costly_ones_are_not(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = StructuredOutput.regex("[a-z]+")
+    monkeypatch.setattr(matcher_module, "TOTAL_SECONDS", 0.0)
+    monkeypatch.setattr(matcher_module, "TOTAL_SECONDS_PER_TOKEN", 1.0)
+    matcher = compiler.matcher(form)
+    matcher.accept(97 - 33)
+    for _ in range(50):
+        matcher.accept(int(np.flatnonzero(matcher.allowed())[0]))
+    assert not matcher.error
+    monkeypatch.setattr(matcher_module, "TOTAL_SECONDS_PER_TOKEN", 0.0)
+    matcher.allowed()
+    assert "too much time" in matcher.error
+
+
 # --- compiling ------------------------------------------------------------------------------------------
 
 
