@@ -120,9 +120,20 @@ def _lines(llm: LLM, result: RequestOutput) -> list[tuple[str, str]]:
         ("decode", f"{len(completion.token_ids)} output tokens at {units.rate(decode_rate(metrics))}"),
         ("KV cache", f"{units.binary_bytes(metrics.kv_bytes)} of {units.binary_bytes(assembly.kv_bytes)} ({used}), "
                      f"{units.binary_bytes(assembly.kv_bytes_per_token)} per token"),
+        *_memory_line(llm),
         ("finish", reason),
         ("start-up", f"{sum(assembly.phases.values()):.2f} s  [dim]{phases}[/dim]"),
     ]  # fmt: skip
+
+
+def _memory_line(llm: LLM) -> list[tuple[str, str]]:
+    """The byte ledger of a GPU."""
+    ledger = llm.assembly.ledger
+    if ledger is None:
+        return []
+    parts = ", ".join(f"{name} {units.binary_bytes(size)}" for name, size in ledger.entries.items())
+    planned, total = units.binary_bytes(ledger.planned_bytes), units.binary_bytes(ledger.total_bytes)
+    return [("memory", f"{planned} of {total} planned  [dim]{parts}[/dim]")]
 
 
 def _stop_text(llm: LLM, reason: str | int) -> str:
