@@ -32,9 +32,10 @@ def _precision(x: Tensor) -> str:
 class CudaLinear:
     """A weight [N, K] as it came; the kernel is chosen by the number of rows."""
 
-    __slots__ = ("bias", "in_features", "out_features", "scratch", "weight")
+    __slots__ = ("bias", "in_features", "invariant", "out_features", "scratch", "weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch, invariant: bool) -> None:
+        self.invariant = invariant
         self.out_features, self.in_features = weight.shape
         self.weight = weight.detach().contiguous()
         self.bias = None if bias is None else bias.detach().to(weight.device, torch.float32)
@@ -52,10 +53,12 @@ class CudaLinear:
 
     def takes(self, x: Tensor) -> bool:
         """Whether our kernels are for this input."""
+        if self.invariant:
+            return x.shape[0] > 0 and x.dtype is self.weight.dtype
         return 0 < x.shape[0] <= FEW_ROWS and x.dtype is self.weight.dtype and x.element_size() == 2
 
     def launch(self, x: Tensor, kind: str) -> Tensor:
-        """x [M, K], few rows → [M, N]; with an activation ``kind``, the weight's rows are [gate; up]: [M, N/2]."""
+        """x [M, K] → [M, N]; with an activation ``kind``, the weight's rows are [gate; up], and y is [M, N/2]."""
         rows, K = x.shape
         N = self.out_features // 2 if kind else self.out_features
         y = torch.empty(rows, N, dtype=x.dtype, device=x.device)
@@ -64,20 +67,23 @@ class CudaLinear:
         options: dict[str, Any] = launch_options(x.device)
         units = num_multiprocessors(x.device)
         bias = self.bias
-        if rows == 1 and (one := cuda_tuning.one_row(N, K, bool(kind), units)) is not None:
+        if rows == 1 and not self.invariant and (one := cuda_tuning.one_row(N, K, bool(kind), units)) is not None:
             triton_linear.one_row[(-(-N // one.block_n),)](
                 x, self.weight, bias, y, N, K, kind, bias is not None, one.block_n, one.block_k,
                 num_warps=one.num_warps, **options,
             )  # fmt: skip
             return y
-        few = cuda_tuning.few_rows(rows, N, K, bool(kind), units)
+        if self.invariant:
+            few = cuda_tuning.invariant(N, bool(kind), x.element_size())
+        else:
+            few = cuda_tuning.few_rows(rows, N, K, bool(kind), units)
         tiles = -(-N // few.block_n)
         parts = arrived = x  # not used
         if few.splits > 1:
             parts = self.scratch.floats((2 if kind else 1) * few.splits * few.block_m * tiles * few.block_n, x.device)
             arrived = self.scratch.counters(tiles, x.device)
         once = -(-K // few.block_k) <= few.splits
-        triton_linear.few_rows[(tiles, few.splits)](
+        triton_linear.few_rows[(tiles, few.splits, -(-rows // few.block_m))](
             x, x.stride(0), self.weight, bias, y, parts, arrived, rows, N, K,
             kind, bias is not None, _precision(x), few.block_m, few.block_n, few.block_k, few.splits,
             few.weights_first, once, few.ahead, few.stages, num_warps=few.num_warps, **options,
@@ -86,7 +92,11 @@ class CudaLinear:
 
 
 class CudaKernels(ReferenceKernels):
-    """One device, one stream. ``batch_invariant``: a row's result does not depend on the rows beside it."""
+    """One device, one stream.
+
+    ``batch_invariant``: a row's result does not depend on the rows beside it nor on the chunk it came in. Products
+    and attention then take one path, with fixed tiles and one order of summation, for any number of rows.
+    """
 
     name = "cuda"
     defers_sums = True
@@ -100,7 +110,7 @@ class CudaKernels(ReferenceKernels):
         """Nothing here runs on the CPU."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return CudaLinear(weight, bias, self.scratch)
+        return CudaLinear(weight, bias, self.scratch, self.batch_invariant)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
@@ -155,13 +165,14 @@ class CudaKernels(ReferenceKernels):
         window: int | None,
     ) -> Tensor:
         qkv = _one_row_per_token(q, k, v)
-        if context.max_query_len == 1 and q.shape[0] == context.kv_lens.shape[0]:
+        decode = context.max_query_len == 1 and q.shape[0] == context.kv_lens.shape[0]
+        if decode and not self.batch_invariant:
             return self._decode(qkv, q.shape[1], norms, rotation, kv, context, scale, window)
         self._place(qkv, q.shape[1], norms, rotation, kv, context)
         H, G, D = q.shape[1], kv.k.shape[1], q.shape[2]
         q, k, v = torch.split(qkv.view(len(qkv), H + 2 * G, D), [H, G, G], dim=1)
         whole = [n if first == 0 else 0 for first, n in context.chunks]  # chunks with nothing before them
-        if not whole or q.element_size() != 2:
+        if not whole or q.element_size() != 2 or self.batch_invariant:
             return self.attention(q, kv, context, scale, window)
         if not can_be_dense(D) or (window is not None and window < max(whole)):
             if all(whole) and power_of_two(D) == D:
@@ -214,18 +225,25 @@ class CudaKernels(ReferenceKernels):
         longest = tables.shape[1] * block_size if window is None else min(tables.shape[1] * block_size, window)
         how = cuda_tuning.decode(S * G, D, num_multiprocessors(qkv.device), longest)
         share = H // G
-        block_h, block_d = power_of_two(share, 16), power_of_two(D, 16)
-        lines = power_of_two(max(D * kv.k.element_size() // 128, 1))
+        block_h, block_d = power_of_two(share, 1 if how.lanes else 16), power_of_two(D, 16)
         cos, sin = rotation if rotation is not None else (qkv, qkv)
         R = cos.shape[1] if rotation is not None else 0
         parts = self.scratch.floats(S * G * how.splits * block_h * (2 + block_d), qkv.device)
         arrived = self.scratch.counters(S * G, qkv.device)
-        triton_decode.decode_attention[(S * G, how.splits)](
+        arguments = (
             qkv, qkv.stride(0), cos, sin, *_norm_arguments(norms, qkv), kv.k, kv.v, tables, tables.stride(0),
             context.kv_lens, out, parts, arrived, scale, window or 0, H, G, block_size, D, R, block_d, share, block_h,
-            how.block_n, how.splits, power_of_two(how.splits), how.smallest, norms is not None, window is not None,
-            _precision(qkv), how.stages, lines, how.ahead, num_warps=how.num_warps, **launch_options(qkv.device),
         )  # fmt: skip
+        options: dict[str, Any] = {"num_warps": how.num_warps, **launch_options(qkv.device)}
+        splits = (how.splits, power_of_two(how.splits), how.smallest, norms is not None, window is not None)
+        if how.lanes:
+            block_n = max(how.block_n * 512 // (block_h * block_d), 4)
+            triton_decode.decode_attention_in_lanes[(S * G, how.splits)](*arguments, block_n, *splits, **options)
+            return out
+        lines = power_of_two(max(D * kv.k.element_size() // 128, 1))
+        triton_decode.decode_attention[(S * G, how.splits)](
+            *arguments, how.block_n, *splits, _precision(qkv), how.stages, lines, how.ahead, **options
+        )
         return out
 
     def _place(

@@ -35,6 +35,7 @@ class Decode:
     stages: int
     num_warps: int
     ahead: int  # tiles of keys asked for before the inputs are there
+    lanes: bool = False  # without the matrix unit; block_n is then for 512 numbers of query heads a KV head
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,13 @@ def few_rows(M: int, N: int, K: int, gated: bool, multiprocessors: int) -> FewRo
     while tiles * splits * 2 <= 1.2 * multiprocessors and 1024 * splits <= K and splits < 8:
         splits *= 2
     return FewRows(block_m, 64, 128, splits, 6, 4, True, 256)
+
+
+def invariant(N: int, gated: bool, itemsize: int) -> FewRows:
+    """One way to sum for any number of rows: tiles and steps that do not depend on it."""
+    if itemsize == 4:
+        return FewRows(32, 32, 32, 1, 2, 4, False, 64)
+    return FewRows(64, 64 if gated or N < 16384 else 128, 64, 1, 4, 4, True, 128)
 
 
 def decode(pairs: int, D: int, multiprocessors: int, max_kv_len: int) -> Decode:

@@ -158,6 +158,113 @@ def decode_attention(
 
 
 @triton.jit
+def decode_attention_in_lanes(
+    qkv_ptr, stride_m, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps,
+    k_cache_ptr, v_cache_ptr, tables_ptr, stride_t, kv_lens_ptr,
+    out_ptr, parts_ptr, arrived_ptr, scale, window, H, G,
+    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, SHARE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    SMALLEST: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As ``decode_attention``, for a few sequences, where time goes by waiting and not by reading: no matrix unit and
+    no exchange between threads until the end. Each of BLOCK_N lanes of threads keeps a softmax of its own over
+    every BLOCK_N-th key, and the first keys are read before the inputs are there."""
+    let_next_start(PDL)
+    pair, split = tl.program_id(0), tl.program_id(1)
+    seq, group = (pair // G).to(tl.int64), pair % G
+    h, d, n = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    length = tl.load(kv_lens_ptr + seq)
+    old = length - 1
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - window, 0)
+    start = first // BLOCK_N * BLOCK_N
+    span = old - start
+    stretch = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, SMALLEST)
+    splits = tl.maximum(tl.cdiv(span, stretch), 1)
+    if split >= splits:
+        return
+    table = tables_ptr + seq * stride_t
+    begin = start + split * stretch
+    end = tl.minimum(begin + stretch, old)
+    seen = (begin + n < end) & (begin + n >= first)
+    places = _places(table, begin + n, seen, group, G, BLOCK_SIZE, D)[None, :, None] + d[None, None, :]
+    mask = seen[None, :, None] & (d < D)[None, None, :]
+    k = tl.load(k_cache_ptr + places, mask=mask, other=0.0)
+    v = tl.load(v_cache_ptr + places, mask=mask, other=0.0)
+    wait_for_inputs(PDL)
+    own_heads = h < SHARE
+    out_at = out_ptr + seq * H * D + (group * SHARE + h)[:, None] * D + d[None, :]
+    out_mask = own_heads[:, None] & (d < D)[None, :]
+    row = qkv_ptr + seq * stride_m
+    cos, sin = cos_ptr + seq * R, sin_ptr + seq * R
+    q = _head_rows(row, group * SHARE + h, own_heads, cos, sin, q_weight_ptr, eps, D, R, BLOCK_D, NORM)
+    q = q.to(tl.float32) * (scale * 1.4426950408889634)
+    each = q[:, None, :]
+    m = tl.full((BLOCK_H, BLOCK_N), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)  # noqa: E741
+    total = tl.zeros((BLOCK_H, BLOCK_N, BLOCK_D), tl.float32)
+    for at in range(begin, end, BLOCK_N):
+        key = at + BLOCK_N + n
+        seen_next = key < end
+        places = _places(table, key, seen_next, group, G, BLOCK_SIZE, D)[None, :, None] + d[None, None, :]
+        mask = seen_next[None, :, None] & (d < D)[None, None, :]
+        k_next = tl.load(k_cache_ptr + places, mask=mask, other=0.0)
+        v_next = tl.load(v_cache_ptr + places, mask=mask, other=0.0)
+        scores = tl.sum(each * k.to(tl.float32), axis=2)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        highest = tl.maximum(m, scores)
+        safe = tl.where(highest == float("-inf"), 0.0, highest)
+        p, keep = tl.exp2(scores - safe), tl.exp2(m - safe)
+        l = l * keep + p  # noqa: E741
+        total = total * keep[:, :, None] + p[:, :, None] * v.to(tl.float32)
+        m, k, v, seen = highest, k_next, v_next, seen_next
+    highest = tl.max(m, axis=1)
+    new = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    v_new = tl.zeros((1, BLOCK_D), tl.float32)
+    if split == 0 and length > 0:
+        one = tl.arange(0, 1)
+        only = one < 1
+        k_row = _head_rows(row + H * D, group + one, only, cos, sin, k_weight_ptr, eps, D, R, BLOCK_D, NORM)
+        v_row = tl.load(row + (H + G + group) * D + d, mask=d < D, other=0.0)[None, :]
+        k_row, v_row = k_row.to(k_cache_ptr.dtype.element_ty), v_row.to(v_cache_ptr.dtype.element_ty)
+        last = old + one
+        place = _places(table, last, only, group, G, BLOCK_SIZE, D)[:, None] + d[None, :]
+        tl.store(k_cache_ptr + place, k_row, mask=(d < D)[None, :])
+        tl.store(v_cache_ptr + place, v_row, mask=(d < D)[None, :])
+        new = tl.sum(q * k_row.to(tl.float32), axis=1)
+        v_new = v_row.to(tl.float32)
+    highest = tl.maximum(highest, new)
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp2(m - safe[:, None])
+    share = tl.exp2(new - safe)
+    sums = tl.sum(l * weights, axis=1) + share
+    mixed = tl.sum(total * weights[:, :, None], axis=1) + share[:, None] * v_new
+    if splits == 1:
+        result = tl.where(length > 0, mixed / sums[:, None], 0.0)
+        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=out_mask)
+    else:
+        here = pair.to(tl.int64) * SPLITS + split
+        sums_ptr = parts_ptr + tl.num_programs(0).to(tl.int64) * SPLITS * 2 * BLOCK_H
+        tl.store(parts_ptr + here * 2 * BLOCK_H + h, highest)
+        tl.store(parts_ptr + here * 2 * BLOCK_H + BLOCK_H + h, sums)
+        tl.store(sums_ptr + (here * BLOCK_H + h[:, None]) * BLOCK_D + d[None, :], mixed, mask=own_heads[:, None])
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu") == splits - 1:
+            tl.debug_barrier()
+            _merge(parts_ptr, sums_ptr, pair, splits, out_at, out_mask, h, d, BLOCK_H, BLOCK_D, SPLITS, BLOCK_S)
+            tl.store(arrived_ptr + pair, 0)
+
+
+@triton.jit
+def _places(table, key, seen, group, G, BLOCK_SIZE: tl.constexpr, D: tl.constexpr):
+    """Offsets of keys' heads in the cache; where not ``seen``, somewhere inside it."""
+    block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+    block = tl.where(seen, block, 0)
+    return block * (G * BLOCK_SIZE * D) + (group * BLOCK_SIZE + key % BLOCK_SIZE) * D
+
+
+@triton.jit
 def _merge(
     parts_ptr, sums_ptr, pair, splits, out_at, out_mask, h, d,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,

@@ -73,7 +73,8 @@ def few_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr, ONCE: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] · w [N, K]ᵀ + bias, M ≤ BLOCK_M; KIND as in ``one_row``.
+    """y [M, N] = x [M, K] · w [N, K]ᵀ + bias; KIND as in ``one_row``. Grid (tiles of N, SPLITS, tiles of M); with
+    SPLITS > 1, M ≤ BLOCK_M.
 
     WEIGHTS_FIRST: the product is computed transposed, weights being the operand with many rows (wgmma wants 64).
     ONCE: a program's share of K is one BLOCK_K, whose weights are loaded before the inputs are there; else
@@ -81,7 +82,7 @@ def few_rows(
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     steps = tl.cdiv(K, BLOCK_K)
     per_split = tl.cdiv(steps, SPLITS)
