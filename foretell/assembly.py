@@ -264,12 +264,15 @@ def _load_on_gpu(
     torch.zeros(1, device=device)
     phases.done("device")
     kernels = get_kernels(options.kernels, device="cuda", batch_invariant=options.batch_invariant)
+    compiling = kernels.prepare(spec, dtype, options.block_size, device)
     phases.done("kernels")
     if options.load_format == "dummy":
         model = load_dummy(spec, kernels, dtype, options.seed, activation_dtype=dtype, device=device)
     else:
         model = load_model(files, spec, kernels, dtype, activation_dtype=dtype, device=device)
     phases.done("weights")
+    compiling()
+    phases.done("compiling")
     executor, ledger = cuda_executor(
         model,
         config,

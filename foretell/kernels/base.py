@@ -7,11 +7,11 @@ S sequences. Activations are float32 on the CPU whatever dtype weights and KV ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from foretell.config import Activation
+from foretell.config import Activation, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +84,12 @@ class Kernels(Protocol):
         """Threads that a call of this backend may use; results do not depend on it."""
         ...
 
+    def prepare(
+        self, spec: ModelSpec, dtype: torch.dtype, block_size: int, device: torch.device
+    ) -> Callable[[], None]:
+        """Begin whatever the model's kernels need before their first use; the result waits for it."""
+        ...
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """weight [N, K] in the dtype it shall be kept in; the result owns a copy in the best layout."""
         ...
@@ -146,10 +152,6 @@ class Kernels(Protocol):
     ) -> Tensor:
         """All between the projection of q, k, v and that of the result, [M, H·D]: norm the heads of q and k, rotate
         them (rope_), keep k and v (write_kv), attention. q [M, H, D], k and v [M, G, D] may be overwritten."""
-        ...
-
-    def best_token(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [R, vocab] → the largest of each row [R] float32 and its first index [R] int64; NaN is largest."""
         ...
 
 

@@ -6,89 +6,26 @@ one backend run in one stream. What the kernels do not take goes to the referenc
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from foretell.config import Activation
-from foretell.kernels import cuda_tuning, triton_decode, triton_elementwise, triton_linear, triton_prefill
+from foretell.config import Activation, ModelSpec
+from foretell.kernels import cuda_tuning, triton_decode, triton_elementwise, triton_prefill
 from foretell.kernels.base import BatchContext, HeadNorms, KVLayer, Linear
 from foretell.kernels.cuda_dense import DENSE_FROM, STEP, can_be_dense, dense_attention
+from foretell.kernels.cuda_linear import CudaLinear, precision
 from foretell.kernels.cuda_tuning import power_of_two
 from foretell.kernels.reference import ReferenceKernels
-from foretell.kernels.triton_common import Scratch, launch_options, num_multiprocessors, set_descriptor_memory
-
-FEW_ROWS = 64  # up to here a product is bound by reading the weights, and ours is faster than cuBLAS
-BEST_BLOCK, BEST_STEPS = 1024, 4  # logits that one program of best_token looks at
-
-
-def _precision(x: Tensor) -> str:
-    """Of a Triton dot: full for float32, where the default would round to tf32."""
-    return "ieee" if x.dtype is torch.float32 else "tf32"
-
-
-class CudaLinear:
-    """A weight [N, K] as it came; the kernel is chosen by the number of rows."""
-
-    __slots__ = ("bias", "in_features", "invariant", "out_features", "scratch", "weight")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch, invariant: bool) -> None:
-        self.invariant = invariant
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight.detach().contiguous()
-        self.bias = None if bias is None else bias.detach().to(weight.device, torch.float32)
-        self.scratch = scratch
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self.takes(x):
-            bias = None if self.bias is None else self.bias.to(self.weight.dtype)
-            return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
-        return self.launch(x, "")
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether our kernels are for this input."""
-        if self.invariant:
-            return x.shape[0] > 0 and x.dtype is self.weight.dtype
-        return 0 < x.shape[0] <= FEW_ROWS and x.dtype is self.weight.dtype and x.element_size() == 2
-
-    def launch(self, x: Tensor, kind: str) -> Tensor:
-        """x [M, K] → [M, N]; with an activation ``kind``, the weight's rows are [gate; up], and y is [M, N/2]."""
-        rows, K = x.shape
-        N = self.out_features // 2 if kind else self.out_features
-        y = torch.empty(rows, N, dtype=x.dtype, device=x.device)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        options: dict[str, Any] = launch_options(x.device)
-        units = num_multiprocessors(x.device)
-        bias = self.bias
-        if rows == 1 and not self.invariant and (one := cuda_tuning.one_row(N, K, bool(kind), units)) is not None:
-            triton_linear.one_row[(-(-N // one.block_n),)](
-                x, self.weight, bias, y, N, K, kind, bias is not None, one.block_n, one.block_k,
-                num_warps=one.num_warps, **options,
-            )  # fmt: skip
-            return y
-        if self.invariant:
-            few = cuda_tuning.invariant(N, bool(kind), x.element_size())
-        else:
-            few = cuda_tuning.few_rows(rows, N, K, bool(kind), units)
-        tiles = -(-N // few.block_n)
-        parts = arrived = x  # not used
-        if few.splits > 1:
-            parts = self.scratch.floats((2 if kind else 1) * few.splits * few.block_m * tiles * few.block_n, x.device)
-            arrived = self.scratch.counters(tiles, x.device)
-        once = -(-K // few.block_k) <= few.splits
-        triton_linear.few_rows[(tiles, few.splits, -(-rows // few.block_m))](
-            x, x.stride(0), self.weight, bias, y, parts, arrived, rows, N, K,
-            kind, bias is not None, _precision(x), few.block_m, few.block_n, few.block_k, few.splits,
-            few.weights_first, once, few.ahead, few.stages, num_warps=few.num_warps, **options,
-        )  # fmt: skip
-        return y
+from foretell.kernels.triton_common import (
+    Scratch,
+    has_dependent_launch,
+    launch,
+    num_multiprocessors,
+    set_descriptor_memory,
+    shared_bytes,
+)
 
 
 class CudaKernels(ReferenceKernels):
@@ -108,6 +45,13 @@ class CudaKernels(ReferenceKernels):
 
     def set_threads(self, count: int) -> None:
         """Nothing here runs on the CPU."""
+
+    def prepare(
+        self, spec: ModelSpec, dtype: torch.dtype, block_size: int, device: torch.device
+    ) -> Callable[[], None]:
+        from foretell.kernels.cuda_ahead import compile_ahead
+
+        return compile_ahead(self, spec, dtype, block_size, device).result
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return CudaLinear(weight, bias, self.scratch, self.batch_invariant)
@@ -130,9 +74,9 @@ class CudaKernels(ReferenceKernels):
     ) -> None:
         block = power_of_two(C)
         if x.numel() > 0:
-            triton_elementwise.rms_norm[(x.numel() // C,)](
-                x, y, weight, normed, sums, C, eps, add, block,
-                num_warps=min(max(block // 512, 1), 8), **launch_options(x.device),
+            launch(
+                triton_elementwise.rms_norm, (x.numel() // C,), x, y, weight, normed, sums, C, eps, add, block,
+                num_warps=min(max(block // 512, 1), 8), device=x.device,
             )  # fmt: skip
 
     def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
@@ -142,9 +86,10 @@ class CudaKernels(ReferenceKernels):
         y = torch.empty(M, width, dtype=gate_up.dtype, device=gate_up.device)
         block = min(power_of_two(width), 2048)
         if M > 0:
-            triton_elementwise.gated_activation[(M, -(-width // block))](
-                gate_up, gate_up.stride(0), y, width, kind, block, num_warps=4, **launch_options(y.device)
-            )
+            launch(
+                triton_elementwise.gated_activation, (M, -(-width // block)),
+                gate_up, gate_up.stride(0), y, width, kind, block, num_warps=4, device=y.device,
+            )  # fmt: skip
         return y
 
     def gated_linear(self, linear: Linear, x: Tensor, kind: Activation) -> Tensor:
@@ -175,7 +120,7 @@ class CudaKernels(ReferenceKernels):
         if not whole or q.element_size() != 2 or self.batch_invariant:
             return self.attention(q, kv, context, scale, window)
         if not can_be_dense(D) or (window is not None and window < max(whole)):
-            if all(whole) and power_of_two(D) == D:
+            if all(whole) and power_of_two(D) == D and has_dependent_launch(q.device):
                 return self.fresh_attention(q, k, v, context, scale, window)
             return self.attention(q, kv, context, scale, window)
         return self._dense_and_paged(q, k, v, kv, context, scale, window)
@@ -224,26 +169,22 @@ class CudaKernels(ReferenceKernels):
         out = torch.empty(S, H * D, dtype=qkv.dtype, device=qkv.device)
         longest = tables.shape[1] * block_size if window is None else min(tables.shape[1] * block_size, window)
         how = cuda_tuning.decode(S * G, D, num_multiprocessors(qkv.device), longest)
-        share = H // G
-        block_h, block_d = power_of_two(share, 1 if how.lanes else 16), power_of_two(D, 16)
+        share, splits = H // G, how.splits
+        block_h, block_d = power_of_two(share, 16), power_of_two(D, 16)
         cos, sin = rotation if rotation is not None else (qkv, qkv)
         R = cos.shape[1] if rotation is not None else 0
-        parts = self.scratch.floats(S * G * how.splits * block_h * (2 + block_d), qkv.device)
-        arrived = self.scratch.counters(S * G, qkv.device)
-        arguments = (
+        parts = arrived = out
+        if splits > 1:
+            parts = self.scratch.floats(S * G * splits * block_h * (2 + block_d), qkv.device)
+            arrived = self.scratch.counters(S * G, qkv.device)
+        lines = power_of_two(max(D * kv.k.element_size() // 128, 1))
+        launch(
+            triton_decode.decode_attention, (S * G, splits),
             qkv, qkv.stride(0), cos, sin, *_norm_arguments(norms, qkv), kv.k, kv.v, tables, tables.stride(0),
             context.kv_lens, out, parts, arrived, scale, window or 0, H, G, block_size, D, R, block_d, share, block_h,
+            how.block_n, how.smallest, norms is not None, window is not None, precision(qkv), how.stages,
+            lines, how.ahead, num_warps=how.num_warps, device=qkv.device,
         )  # fmt: skip
-        options: dict[str, Any] = {"num_warps": how.num_warps, **launch_options(qkv.device)}
-        splits = (how.splits, power_of_two(how.splits), how.smallest, norms is not None, window is not None)
-        if how.lanes:
-            block_n = max(how.block_n * 512 // (block_h * block_d), 4)
-            triton_decode.decode_attention_in_lanes[(S * G, how.splits)](*arguments, block_n, *splits, **options)
-            return out
-        lines = power_of_two(max(D * kv.k.element_size() // 128, 1))
-        triton_decode.decode_attention[(S * G, how.splits)](
-            *arguments, how.block_n, *splits, _precision(qkv), how.stages, lines, how.ahead, **options
-        )
         return out
 
     def _place(
@@ -260,10 +201,11 @@ class CudaKernels(ReferenceKernels):
         cos, sin = rotation if rotation is not None else (qkv, qkv)
         R = cos.shape[1] if rotation is not None else 0
         heads = min(power_of_two(H + 2 * G), 16)
-        triton_elementwise.place_heads[(M, -(-(H + 2 * G) // heads))](
+        launch(
+            triton_elementwise.place_heads, (M, -(-(H + 2 * G) // heads)),
             qkv, qkv.stride(0), cos, sin, *_norm_arguments(norms, qkv), kv.k, kv.v, context.groups[kv.group].slots,
             H, G, block_size, D, R, power_of_two(max(D - 2 * R, 1)), power_of_two(max(R, 1)), heads,
-            norms is not None, num_warps=4, **launch_options(qkv.device),
+            norms is not None, num_warps=4, device=qkv.device,
         )  # fmt: skip
 
     def attention(self, q: Tensor, kv: KVLayer, context: BatchContext, scale: float, window: int | None) -> Tensor:
@@ -287,18 +229,19 @@ class CudaKernels(ReferenceKernels):
         G, block_size = kv.k.shape[1], kv.k.shape[2]
         if q.stride(2) != 1 or q.stride(1) != D:
             q = q.contiguous()
-        how = cuda_tuning.prefill(D, q.element_size())
+        how = cuda_tuning.prefill(D, q.element_size(), shared_bytes(q.device))
         share, pack = H // G, 1
         while share % (2 * pack) == 0 and pack < how.block_m // 16:
             pack *= 2
         tables = context.groups[kv.group].block_tables
         S, rows = tables.shape[0], how.block_m // pack
         tiles = min(M // rows + S, S * -(-context.max_query_len // rows))
-        triton_prefill.paged_prefill[(tiles, H // pack)](
+        launch(
+            triton_prefill.paged_prefill, (tiles, H // pack),
             q, q.stride(0), kv.k, kv.v, tables, tables.stride(0), context.query_starts, context.kv_lens, out,
             scale, window or 0, S, H, G, skip_from, block_size, D, power_of_two(D, 16), share, pack,
-            how.block_m, how.block_n, power_of_two(S), window is not None, _precision(q), how.stages,
-            num_warps=how.num_warps, **launch_options(q.device),
+            how.block_m, how.block_n, _sequences(S), window is not None, precision(q), how.stages,
+            num_warps=how.num_warps, device=q.device,
         )  # fmt: skip
 
     def fresh_attention(
@@ -312,31 +255,18 @@ class CudaKernels(ReferenceKernels):
         out = torch.empty(M, H * D, dtype=q.dtype, device=q.device)
         tiles = min(M // how.block_m + S, S * -(-context.max_query_len // how.block_m))
         set_descriptor_memory(q.device)
-        triton_prefill.fresh_prefill[(tiles, H)](
+        launch(
+            triton_prefill.fresh_prefill, (tiles, H),
             q, k, v, q.stride(0), context.query_starts, out, scale, window or 0, M, S, H,
-            D, share, how.block_m, how.block_n, power_of_two(S), window is not None, how.stages,
-            num_warps=how.num_warps, **launch_options(q.device),
+            D, share, how.block_m, how.block_n, _sequences(S), window is not None, how.stages,
+            num_warps=how.num_warps, device=q.device,
         )  # fmt: skip
         return out
 
-    def best_token(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        R, V = logits.shape
-        if logits.stride(1) != 1:
-            logits = logits.contiguous()
-        parts = -(-V // (BEST_BLOCK * BEST_STEPS))
-        device = logits.device
-        best = torch.empty(R, parts, dtype=torch.float32, device=device)
-        index = torch.empty(R, parts, dtype=torch.int32, device=device)
-        top, token = torch.empty(R, device=device), torch.empty(R, dtype=torch.int64, device=device)
-        options: dict[str, Any] = launch_options(device)
-        if R > 0:
-            triton_elementwise.best_of_part[(R, parts)](
-                logits, logits.stride(0), V, best, index, parts, BEST_BLOCK, BEST_STEPS, num_warps=4, **options
-            )
-            triton_elementwise.best_of_parts[(R,)](
-                best, index, parts, top, token, power_of_two(parts), num_warps=1, **options
-            )
-        return top, token
+
+def _sequences(S: int) -> int:
+    """Numbers of sequences that prefill is compiled for: two, not one for every power of 2."""
+    return 64 if S <= 64 else power_of_two(S, 1024)
 
 
 def _norm_arguments(norms: HeadNorms | None, other: Tensor) -> tuple[Tensor, Tensor, float]:

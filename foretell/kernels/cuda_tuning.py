@@ -5,7 +5,7 @@ The rules go by shape class, so that an unknown model or card gets something sen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,11 @@ class FewRows:
     weights_first: bool
     ahead: int  # elements of a weight row asked for before the inputs are there
 
+    def fitted(self, gated: bool, shared_bytes: int) -> FewRows:
+        """With as many stages as the device's shared memory holds."""
+        stage = 2 * self.block_k * (self.block_m + self.block_n * (2 if gated else 1))
+        return replace(self, stages=max(1, min(self.stages, shared_bytes // stage)))
+
 
 @dataclass(frozen=True, slots=True)
 class Decode:
@@ -35,7 +40,6 @@ class Decode:
     stages: int
     num_warps: int
     ahead: int  # tiles of keys asked for before the inputs are there
-    lanes: bool = False  # without the matrix unit; block_n is then for 512 numbers of query heads a KV head
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +71,11 @@ def one_row(N: int, K: int, gated: bool, multiprocessors: int) -> OneRow | None:
 
 def few_rows(M: int, N: int, K: int, gated: bool, multiprocessors: int) -> FewRows:
     """Weights as the wgmma operand of 64 rows; K split until nearly every multiprocessor has a program."""
-    block_m, tiles = power_of_two(M, 16), -(-N // 64)
+    block_m, tiles = 32 if M <= 32 else 64, -(-N // 64)  # 16 rows are no faster than 32, but one more compilation
     if 2048 <= K <= 8192 and 2 * N * K <= 8 << 20 and not gated and block_m <= 32:
         # a small layer: each program has one tile of it in registers before the inputs come
         return FewRows(block_m, 32, 512, -(-K // 512), 1, 4, False, 64)
     if gated:
-        if block_m == 16 and K <= 1024 and 4 * N * K <= 16 << 20:
-            return FewRows(block_m, 32, 512, -(-K // 512), 1, 4, False, 64)
         return FewRows(block_m, 64, 128, 1, 4, 4, True, 256)
     if tiles >= 4 * multiprocessors:
         return FewRows(block_m, 128, 128, 1, 4, 8, True, 256)
@@ -96,15 +98,15 @@ def decode(pairs: int, D: int, multiprocessors: int, max_kv_len: int) -> Decode:
     if pairs >= 4 * multiprocessors:
         return Decode(128, 1, 128, 2, 8, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
     if pairs >= multiprocessors:
-        return Decode(64, 2, 256, 3, 4, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
+        return Decode(64, 2, 512, 3, 4, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
     splits = 1
     while pairs * splits < 2 * multiprocessors and splits < 32 and splits * 128 < max_kv_len:
         splits *= 2
     return Decode(128, splits, 128, 2, 8, 1) if D <= 128 else Decode(128, splits, 128, 3, 4, 1)
 
 
-def prefill(D: int, itemsize: int) -> Prefill:
-    if itemsize == 4:
+def prefill(D: int, itemsize: int, shared_bytes: int) -> Prefill:
+    if itemsize == 4 or shared_bytes < 128 << 10:
         return Prefill(32, 32, 2, 4)
     if D > 128:
         return Prefill(64, 64, 2, 4)
@@ -112,6 +114,7 @@ def prefill(D: int, itemsize: int) -> Prefill:
 
 
 def fresh(D: int) -> Prefill:
+    """For Hopper and later only."""
     if D > 128:
         return Prefill(128, 64, 2, 8)
     return Prefill(128, 128, 3, 8)

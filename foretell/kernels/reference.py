@@ -4,13 +4,14 @@ and what runs when no compiler is there to build them."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foretell.config import Activation
+from foretell.config import Activation, ModelSpec
 from foretell.kernels.base import BatchContext, HeadNorms, KVLayer, Linear
 
 QUERY_ROWS = 512  # query rows per mask: bounds the mask and score memory of a long prefill chunk
@@ -50,6 +51,11 @@ class ReferenceKernels:
 
     def set_threads(self, count: int) -> None:
         torch.set_num_threads(count)
+
+    def prepare(
+        self, spec: ModelSpec, dtype: torch.dtype, block_size: int, device: torch.device
+    ) -> Callable[[], None]:
+        return lambda: None
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return ReferenceLinear(weight, bias)
@@ -136,10 +142,6 @@ class ReferenceKernels:
             self.rope_(k, *rotation)
         self.write_kv(k, v, kv, context)
         return self.attention(q, kv, context, scale, window)
-
-    def best_token(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        best, token = logits.max(dim=-1)
-        return best.float(), token
 
 
 def _chunk_attention(q: Tensor, kv: KVLayer, table: Tensor, kv_len: int, scale: float, window: int | None) -> Tensor:

@@ -9,7 +9,9 @@ fetch weights, which no kernel writes, and wait only before they touch what othe
 from __future__ import annotations
 
 import os
+import threading
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +30,15 @@ def has_dependent_launch(device: torch.device) -> bool:
 @cache
 def num_multiprocessors(device: torch.device) -> int:
     return 8 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may have."""
+    capability = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
+    if capability[0] in (9, 10):
+        return 227 << 10
+    return 163 << 10 if capability in ((8, 0), (8, 7)) else 99 << 10
 
 
 def launch_options(device: torch.device) -> dict[str, bool]:
@@ -85,23 +96,39 @@ def activated(x, KIND: tl.constexpr):
 class Scratch:
     """Float32 work space and arrival counters of kernels that split a sum. Counters are zero between launches.
 
-    Grown before graphs are captured (the first, eager run of every shape sees to that), never while one is.
+    What was handed out stays where it is: a captured graph goes on using it after a larger one was asked for.
     """
 
     def __init__(self) -> None:
-        self._floats: dict[torch.device, Tensor] = {}
-        self._counters: dict[torch.device, Tensor] = {}
+        self._floats: dict[torch.device, list[Tensor]] = {}
+        self._counters: dict[torch.device, list[Tensor]] = {}
 
     def floats(self, count: int, device: torch.device) -> Tensor:
-        have = self._floats.get(device)
-        if have is None or have.numel() < count:
-            have = torch.empty(max(count, 1 << 20), dtype=torch.float32, device=device)
-            self._floats[device] = have
-        return have
+        have = self._floats.setdefault(device, [])
+        if not have or have[-1].numel() < count:
+            have.append(torch.empty(max(count, 1 << 20), dtype=torch.float32, device=device))
+        return have[-1]
 
     def counters(self, count: int, device: torch.device) -> Tensor:
-        have = self._counters.get(device)
-        if have is None or have.numel() < count:
-            have = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
-            self._counters[device] = have
-        return have
+        have = self._counters.setdefault(device, [])
+        if not have or have[-1].numel() < count:
+            have.append(torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device))
+        return have[-1]
+
+
+class Launcher(threading.local):
+    """Launches kernels, or in a thread that asked for it only compiles them (see foretell.kernels.cuda_ahead)."""
+
+    compiling = False
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **options: Any
+    ) -> None:
+        options |= launch_options(device)
+        if self.compiling:
+            kernel.warmup(*arguments, grid=grid, **options)
+        else:
+            kernel[grid](*arguments, **options)
+
+
+launch = Launcher()

@@ -66,21 +66,21 @@ def _added(total, x, w, WEIGHTS_FIRST: tl.constexpr, EXACT: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def few_rows(
     x_ptr, stride_x, w_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr, M, N, K,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr, ONCE: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] · w [N, K]ᵀ + bias; KIND as in ``one_row``. Grid (tiles of N, SPLITS, tiles of M); with
-    SPLITS > 1, M ≤ BLOCK_M.
+    """y [M, N] = x [M, K] · w [N, K]ᵀ + bias; KIND as in ``one_row``. Grid (tiles of N, SPLITS, tiles of M); SPLIT:
+    there are several, and M ≤ BLOCK_M.
 
     WEIGHTS_FIRST: the product is computed transposed, weights being the operand with many rows (wgmma wants 64).
     ONCE: a program's share of K is one BLOCK_K, whose weights are loaded before the inputs are there; else
     AHEAD: elements of each weight row that are asked for before the inputs are there.
     """
-    tile, split = tl.program_id(0), tl.program_id(1)
+    tile, split, SPLITS = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
@@ -131,7 +131,7 @@ def few_rows(
         total, total_up = tl.trans(total), tl.trans(total_up)
     inside = (m < M)[:, None] & (n < N)[None, :]
     last = True
-    if SPLITS > 1:
+    if SPLIT:
         # parts [SPLITS, BLOCK_M, columns]: the last program of a tile to arrive adds them up in order
         columns = tl.num_programs(0) * BLOCK_N
         place = parts_ptr + m[:, None] * columns + n[None, :]
@@ -146,10 +146,13 @@ def few_rows(
             tl.debug_barrier()
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             total_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for part in tl.static_range(SPLITS):
-                total += tl.load(place + part * step, mask=inside, other=0.0, cache_modifier=".cg")
-                if KIND != "":
-                    total_up += tl.load(place + up_part + part * step, mask=inside, other=0.0, cache_modifier=".cg")
+            for four in range(0, SPLITS, 4):
+                for i in tl.static_range(4):  # four loads are under way at once
+                    there = inside & (four + i < SPLITS)
+                    at_part = place + (four + i) * step
+                    total += tl.load(at_part, mask=there, other=0.0, cache_modifier=".cg")
+                    if KIND != "":
+                        total_up += tl.load(at_part + up_part, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(arrived_ptr + tile, 0)
     if last:
         if HAS_BIAS:

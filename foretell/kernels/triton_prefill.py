@@ -44,7 +44,10 @@ def _softmax_step(scores, m, l):  # noqa: E741
     return p, keep, highest, l * keep + tl.sum(p, axis=1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["window", "S", "skip_from", "stride_t"],
+    do_not_specialize_on_alignment=["starts_ptr", "kv_lens_ptr"],
+)
 def paged_prefill(
     q_ptr, stride_m, k_cache_ptr, v_cache_ptr, tables_ptr, stride_t, starts_ptr, kv_lens_ptr, out_ptr,
     scale, window, S, H, G, skip_from,
@@ -116,7 +119,7 @@ def paged_prefill(
         tl.store(out_at, (total / l[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "S", "M"], do_not_specialize_on_alignment=["starts_ptr"])
 def fresh_prefill(
     q_ptr, k_ptr, v_ptr, stride_m, starts_ptr, out_ptr, scale, window, M, S, H,
     D: tl.constexpr, SHARE: tl.constexpr,

@@ -128,32 +128,30 @@ HEADS = [(4, 4), (4, 1), (6, 2), (8, 1), (15, 3), (32, 8), (7, 7)]
 
 
 @pytest.mark.parametrize(("H", "G"), HEADS)
-@pytest.mark.parametrize("window", [None, 20])
-def test_decode(kernels, device, H, G, window):
+def test_decode(kernels, device, H, G):
     lengths = [1, 2, 17, LONG, 333 if not INTERPRETED else 33]
-    Case(lengths, [1] * 5, H, G, window=window, device=device, norms=H == 6).check(kernels)
+    for window in (None, 20)[: 2 if H < 8 else 1]:
+        Case(lengths, [1] * 5, H, G, window=window, device=device, norms=H == 6).check(kernels)
 
 
-@pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_decode_of_many_sequences(kernels, device):
+    """Batches of every class of sizes, which have tiles of their own."""
+    for count in (3,) if INTERPRETED else (30, 150):
+        Case([50 + 29 * i for i in range(count)], [1] * count, 8, 8, 128, 64, device=device).check(kernels)
+
+
+DIMS = [(D, torch.bfloat16) for D in (32, 64, 80, 96, 128, 256)] + [(D, torch.float32) for D in (64, 256)]
+
+
+@pytest.mark.parametrize(("D", "dtype"), DIMS)
 def test_decode_head_dims(kernels, device, D, dtype):
     norms = dtype is torch.bfloat16
     Case([LONG, 1, 50], [1, 1, 1], 4, 2, D, D // 2, dtype=dtype, norms=norms, device=device).check(kernels)
 
 
-@pytest.mark.parametrize(("H", "G"), HEADS)
-def test_decode_in_lanes(kernels, device, H, G, monkeypatch):
-    """The kernel for few sequences, with lengths that the table would not give it."""
-    from foretell.kernels import cuda_tuning
-
-    monkeypatch.setattr(cuda_tuning, "decode", lambda *_: cuda_tuning.Decode(32, 8, 64, 1, 8, 1, True))
-    for window in (None, 20):
-        Case([1, 2, 17, LONG, 33], [1] * 5, H, G, window=window, device=device, norms=H == 6).check(kernels)
-
-
 @pytest.mark.parametrize(("H", "G"), HEADS[1::2])
-@pytest.mark.parametrize("window", [None, 20])
-def test_prefill(kernels, device, H, G, window):
+def test_prefill(kernels, device, H, G):
+    window = 20 if H == 8 else None
     lengths = [1, 30, 47, 16] if INTERPRETED else [1, 300, 1000, 64]
     for new in (lengths, [-(-n // 2) for n in lengths], [1, 1, lengths[2], 16]):
         case = Case(lengths, new, H, G, window=window, device=device)
@@ -177,8 +175,7 @@ def test_long_prompts_with_nothing_before_them(kernels, device, window):
         case.check(kernels)
 
 
-@pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("D", "dtype"), DIMS)
 def test_prefill_head_dims(kernels, device, D, dtype):
     n, norms = 40 if INTERPRETED else 700, dtype is torch.float32
     Case([n, 20], [n, 3], 4, 2, D, D // 2, dtype=dtype, norms=norms, device=device).check(kernels)
@@ -208,7 +205,7 @@ def test_block_sizes(kernels, device, block_size):
         Case([70, 33], queries, block_size=block_size, device=device).check(kernels)
 
 
-@pytest.mark.parametrize("seed", range(2 if INTERPRETED else 16))
+@pytest.mark.parametrize("seed", range(2 if INTERPRETED else 8))
 def test_random_batches(kernels, device, seed):
     r = torch.Generator().manual_seed(seed)
     pick = lambda *xs: xs[int(torch.randint(len(xs), (1,), generator=r))]  # noqa: E731
@@ -256,5 +253,7 @@ def test_an_invariant_product_does_not_know_the_rows_beside_it(device):
         plain, gated = linear(x), kernels.gated_linear(linear, x, "silu")
         near(plain, x.double() @ linear.weight.double().T, 4e-3)
         for rows in (slice(0, 1), slice(5, 6), slice(3, 20), slice(64, 100), slice(1, 90)):
+            if INTERPRETED:  # numpy's products are not
+                continue
             assert torch.equal(linear(x[rows]), plain[rows])
             assert torch.equal(kernels.gated_linear(linear, x[rows], "silu"), gated[rows])

@@ -36,21 +36,3 @@ def test_gated_activation(kernels, device, kind, M, F):
     gate_up = wide[:, 3 : 3 + 2 * F]
     gate, up = gate_up.double().chunk(2, dim=-1)
     near(kernels.gated_activation(gate_up, kind), exact_activation(gate, kind) * up)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("V", [1, 1000, 4097] if INTERPRETED else [1, 1000, 4097, 128256, 262144])
-def test_best_token_is_the_first_of_the_largest(kernels, device, V, dtype):
-    logits = torch.randn(9, V, device=device).to(dtype)
-    at = torch.randint(V, (9,), device=device)
-    logits[torch.arange(9, device=device), at] = 100.0
-    logits[3, V // 2] = logits[3, -1] = 200.0
-    best, token = kernels.best_token(logits)
-    at[3] = V // 2
-    assert torch.equal(token, at)
-    assert torch.equal(best, logits.float().amax(-1))
-    logits[1, V // 3] = torch.nan
-    logits[2] = -torch.inf
-    best, token = kernels.best_token(logits)
-    assert best.isfinite().tolist() == [True, False, False] + [True] * 6
-    assert int(token[2]) == 0

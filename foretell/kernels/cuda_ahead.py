@@ -1,0 +1,120 @@
+"""Compiling the kernels a model will need while its weights are still being read.
+
+Triton compiles a kernel at its first launch, a second each; a decode step with its graphs meets some twenty. Here the
+same calls are made ahead, in threads whose launches only compile, on tensors that are there for their types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from foretell.config import ModelSpec
+from foretell.kernels.base import BatchContext, HeadNorms, KVGroupView, KVLayer
+from foretell.kernels.cuda import CudaKernels
+from foretell.kernels.cuda_dense import can_be_dense
+from foretell.kernels.cuda_linear import CudaLinear
+from foretell.kernels.triton_common import launch, num_multiprocessors
+
+THREADS = 8
+ROWS = (1, 2, 33)  # one for every class of row counts that has kernels of its own
+
+
+def compile_ahead(
+    kernels: CudaKernels, spec: ModelSpec, dtype: torch.dtype, block_size: int, device: torch.device
+) -> Future[None]:
+    """Done when everything is compiled; raises what a compilation raised."""
+    calls = _Calls(kernels, spec, dtype, block_size, device).all()
+
+    def compile_all() -> None:
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="foretell-compile", initializer=_compile_only) as pool:
+            for done in [pool.submit(call) for call in calls]:
+                done.result()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="foretell-compile") as outer:
+        future = outer.submit(compile_all)
+        outer.shutdown(wait=False)
+    return future
+
+
+def _compile_only() -> None:
+    launch.compiling = True
+
+
+class _Calls:
+    def __init__(
+        self, kernels: CudaKernels, spec: ModelSpec, dtype: torch.dtype, block_size: int, device: torch.device
+    ) -> None:
+        self.kernels, self.spec, self.dtype, self.device = kernels, spec, dtype, device
+        self.block_size = block_size
+
+    def all(self) -> list[Callable[[], object]]:
+        """The slowest to compile first."""
+        windows = sorted(set(self.spec.windows), key=lambda w: w or 0)
+        calls: list[Callable[[], object]] = []
+        for window in windows:
+            calls += [partial(self.attend, count, 1, window, ()) for count in self.batches()]
+            calls += [partial(self.attend, 1, 128, window, ())]
+            if window is not None:  # prompts longer than the window have a kernel of their own
+                calls += [partial(self.attend, 1, 128, window, [(0, window + 1)])]
+        if self.dtype.itemsize == 2:
+            calls += [partial(self.linear, *shape, rows) for shape in sorted(self.shapes()) for rows in ROWS]
+        return [*calls, self.between, partial(can_be_dense, self.spec.head_dim)]
+
+    def batches(self) -> list[int]:
+        """Sequences of a decode batch in each of the classes of cuda_tuning.decode."""
+        units, heads = num_multiprocessors(self.device), self.spec.num_kv_heads
+        return sorted({-(-pairs // heads) for pairs in (1, units, 4 * units)})
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def shapes(self) -> set[tuple[int, int, bool, bool]]:
+        """(N, K, bias, gated) of every linear layer."""
+        s, D = self.spec, self.spec.head_dim
+        rows = 2 if s.gated_mlp else 1
+        return {
+            ((s.num_heads + 2 * s.num_kv_heads) * D, s.hidden_size, s.qkv_bias, False),
+            (s.hidden_size, s.num_heads * D, s.o_bias, False),
+            (rows * s.intermediate_size, s.hidden_size, s.mlp_bias, s.gated_mlp),
+            (s.hidden_size, s.intermediate_size, s.mlp_bias, False),
+            (s.vocab_size, s.hidden_size, s.lm_head_bias, False),
+        }
+
+    def linear(self, N: int, K: int, bias: bool, gated: bool, rows: int) -> None:
+        vector = self.empty(16, dtype=torch.float32) if bias else None
+        layer = CudaLinear(self.empty(16, 16), vector, self.kernels.scratch, self.kernels.batch_invariant)
+        layer.in_features, layer.out_features = K, N
+        layer.launch(self.empty(rows, K), self.spec.activation if gated else "")
+
+    def between(self) -> None:
+        x, weight = self.empty(2, self.spec.hidden_size), self.empty(self.spec.hidden_size, dtype=torch.float32)
+        if self.spec.norm == "rms":
+            self.kernels.rms_norm(x, weight, 1e-5)
+            self.kernels.add_rms_norm(x, x, weight, 1e-5)
+        if self.spec.gated_mlp:
+            self.kernels.gated_activation(self.empty(2, 2 * self.spec.intermediate_size), self.spec.activation)
+
+    def attend(self, S: int, length: int, window: int | None, chunks: Sequence[tuple[int, int]]) -> None:
+        """S sequences of ``length`` new tokens."""
+        s, M, D = self.spec, S * length, self.spec.head_dim
+        heads = self.empty(M, s.num_heads + 2 * s.num_kv_heads, D)
+        q, k, v = torch.split(heads, [s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
+        norms = None
+        if s.qk_norm == "head":
+            weight = self.empty(D, dtype=torch.float32)
+            norms = HeadNorms(weight, weight, s.norm_eps)
+        angles = None if s.rope is None else self.empty(M, s.rope.dim // 2, dtype=torch.float32)
+        cache = self.empty(1, s.num_kv_heads, self.block_size, D)
+        integers = partial(self.empty, dtype=torch.int32)
+        view = KVGroupView(integers(S, 4096), self.empty(M, dtype=torch.int64))
+        context = BatchContext(
+            self.empty(M, dtype=torch.int64), integers(S + 1), integers(S), (view,),
+            self.block_size, length, length, chunks,
+        )  # fmt: skip
+        rotation = None if angles is None else (angles, angles)
+        self.kernels.attend(q, k, v, norms, rotation, KVLayer(cache, cache, 0), context, s.attention_scale, window)

@@ -1,0 +1,87 @@
+"""Linear layers on a GPU: kernels of ours where reading the weights is what takes the time, cuBLAS above."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foretell.kernels import cuda_tuning, triton_linear
+from foretell.kernels.triton_common import Scratch, launch, num_multiprocessors, shared_bytes
+
+FEW_ROWS = 64  # up to here a product is bound by reading the weights
+
+
+def precision(x: Tensor) -> str:
+    """Of a Triton dot: full for float32, where the default would round to tf32."""
+    return "ieee" if x.dtype is torch.float32 else "tf32"
+
+
+class CudaLinear:
+    """A weight [N, K] as it came; the kernel is chosen by the number of rows, or for ``invariant`` always one."""
+
+    __slots__ = ("bias", "in_features", "invariant", "out_features", "scratch", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch, invariant: bool) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight.detach().contiguous()
+        self.bias = None if bias is None else bias.detach().to(weight.device, torch.float32)
+        self.scratch, self.invariant = scratch, invariant
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.takes(x):
+            bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+            return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
+        return self.launch(x, "")
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether our kernels are for this input."""
+        if self.invariant:
+            return x.shape[0] > 0 and x.dtype is self.weight.dtype
+        return 0 < x.shape[0] <= FEW_ROWS and x.dtype is self.weight.dtype and x.element_size() == 2
+
+    def launch(self, x: Tensor, kind: str) -> Tensor:
+        """x [M, K] → [M, N]; with an activation ``kind``, the weight's rows are [gate; up], and y is [M, N/2]."""
+        N = self.out_features // 2 if kind else self.out_features
+        y = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        if len(x) == 1 and not self.invariant:
+            units = num_multiprocessors(x.device)
+            if (one := cuda_tuning.one_row(N, self.in_features, bool(kind), units)) is not None:
+                self._one_row(x, y, kind, one)
+                return y
+        self._few_rows(x, y, kind)
+        return y
+
+    def _one_row(self, x: Tensor, y: Tensor, kind: str, how: cuda_tuning.OneRow) -> None:
+        N = y.shape[1]
+        launch(
+            triton_linear.one_row, (-(-N // how.block_n),),
+            x, self.weight, self.bias, y, N, self.in_features, kind, self.bias is not None, how.block_n, how.block_k,
+            num_warps=how.num_warps, device=x.device,
+        )  # fmt: skip
+
+    def _few_rows(self, x: Tensor, y: Tensor, kind: str) -> None:
+        (M, K), N, device = x.shape, y.shape[1], x.device
+        if self.invariant:
+            how = cuda_tuning.invariant(N, bool(kind), x.element_size())
+        else:
+            how = cuda_tuning.few_rows(M, N, K, bool(kind), num_multiprocessors(device))
+            how = how.fitted(bool(kind), shared_bytes(device))
+        tiles = -(-N // how.block_n)
+        parts = arrived = None
+        if how.splits > 1:
+            numbers = (2 if kind else 1) * how.splits * how.block_m * tiles * how.block_n
+            parts, arrived = self.scratch.floats(numbers, device), self.scratch.counters(tiles, device)
+        once = -(-K // how.block_k) <= how.splits
+        launch(
+            triton_linear.few_rows, (tiles, how.splits, -(-M // how.block_m)),
+            x, x.stride(0), self.weight, self.bias, y, parts, arrived, M, N, K,
+            kind, self.bias is not None, precision(x), how.block_m, how.block_n, how.block_k, how.splits > 1,
+            how.weights_first, once, how.ahead, how.stages, num_warps=how.num_warps, device=device,
+        )  # fmt: skip
