@@ -237,14 +237,10 @@ class Bench:
                     )
             except Exception as error:
                 print("skipped", label, str(error)[:200])
-        if hasattr(self.kernels, "fresh_attention"):
-            calls = lambda: [lambda: self.kernels.fresh_attention(q, k, v, case.context, case.scale, window)] * 4  # noqa: E731
-            try:
-                fresh, _, fresh_all = self.best("fresh", FRESH, calls)
-                others |= {f"fresh {key}": value for key, value in fresh_all.items()}
-                found["fresh"] = fresh
-            except Exception as error:
-                print("skipped fresh", str(error)[:300])
+        out = torch.empty(len(q), model.H * model.D, device="cuda", dtype=q.dtype)
+        calls = lambda: [lambda: self.kernels._fresh(q, k, v, case.context, case.scale, window, out)] * 4  # noqa: E731
+        found["fresh"], _, fresh_all = self.best("fresh", FRESH, calls)
+        others |= {f"fresh {key}": value for key, value in fresh_all.items()}
         others |= found
         tflops = {label: round(flops / t / 1e6) for label, t in {"paged": us, **found}.items()}
         floor = self.floor_us(0, flops)
@@ -366,7 +362,9 @@ def compile_one(task: tuple[str, Any, int, str]) -> str:
             case = Case(model, lengths, [1, 1] if function == "decode" else lengths, model.window)
             kv = case.layer()
             if function == "fresh":
-                kernels.fresh_attention(*case.heads(), case.context, case.scale, model.window)
+                kernels._fresh(
+                    *case.heads(), case.context, case.scale, model.window, torch.empty_like(case.heads()[0])
+                )
             else:
                 case.attend(kernels, kv)
             torch.cuda.synchronize()

@@ -6,14 +6,14 @@ one backend run in one stream. What the kernels do not take goes to the referenc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from foretell.config import Activation, ModelSpec
 from foretell.kernels import cuda_tuning, triton_decode, triton_elementwise, triton_prefill
-from foretell.kernels.base import BatchContext, HeadNorms, KVLayer, Linear
+from foretell.kernels.base import BatchContext, HeadNorms, KVGroupView, KVLayer, Linear
 from foretell.kernels.cuda_dense import DENSE_FROM, STEP, can_be_dense, dense_attention
 from foretell.kernels.cuda_linear import CudaLinear, precision
 from foretell.kernels.cuda_tuning import power_of_two
@@ -42,6 +42,7 @@ class CudaKernels(ReferenceKernels):
         super().__init__()
         self.batch_invariant = batch_invariant
         self.scratch = Scratch()
+        self._last: tuple[BatchContext, int, BatchContext, BatchContext | None] | None = None
 
     def set_threads(self, count: int) -> None:
         """Nothing here runs on the CPU."""
@@ -109,43 +110,64 @@ class CudaKernels(ReferenceKernels):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        qkv = _one_row_per_token(q, k, v)
-        decode = context.max_query_len == 1 and q.shape[0] == context.kv_lens.shape[0]
-        if decode and not self.batch_invariant:
-            return self._decode(qkv, q.shape[1], norms, rotation, kv, context, scale, window)
-        self._place(qkv, q.shape[1], norms, rotation, kv, context)
-        H, G, D = q.shape[1], kv.k.shape[1], q.shape[2]
-        q, k, v = torch.split(qkv.view(len(qkv), H + 2 * G, D), [H, G, G], dim=1)
-        whole = [n if first == 0 else 0 for first, n in context.chunks]  # chunks with nothing before them
-        if not whole or q.element_size() != 2 or self.batch_invariant:
-            return self.attention(q, kv, context, scale, window)
-        if not can_be_dense(D) or (window is not None and window < max(whole)):
-            if all(whole) and power_of_two(D) == D and has_dependent_launch(q.device):
-                return self.fresh_attention(q, k, v, context, scale, window)
-            return self.attention(q, kv, context, scale, window)
-        return self._dense_and_paged(q, k, v, kv, context, scale, window)
+        qkv, H = _one_row_per_token(q, k, v), q.shape[1]
+        ones, decoding, rest = self._parts_of(context, len(qkv))
+        if rest is None:
+            return self._decode(qkv, H, norms, rotation, kv, decoding, scale, window)
+        out = torch.empty(len(qkv), H * q.shape[2], dtype=q.dtype, device=q.device)
+        if ones:
+            angles = None if rotation is None else (rotation[0][:ones], rotation[1][:ones])
+            self._decode(qkv[:ones], H, norms, angles, kv, decoding, scale, window, out)
+        angles = None if rotation is None else (rotation[0][ones:], rotation[1][ones:])
+        self._place(qkv[ones:], H, norms, angles, kv, rest)
+        return self._prefill(qkv, H, kv, rest, scale, window, out, ones)
 
-    def _dense_and_paged(
+    def _parts_of(self, context: BatchContext, rows: int) -> tuple[int, BatchContext, BatchContext | None]:
+        """How many sequences at the beginning have one new token each, these as a batch of their own, and the others
+        (None: there are none), whose rows keep their numbers. Remembered: the next layer asks the same."""
+        if self._last is None or self._last[0] is not context:
+            sequences = context.kv_lens.shape[0]
+            ones = sequences if context.max_query_len == 1 and rows == sequences else _leading_ones(context.chunks)
+            ones = 0 if self.batch_invariant else ones
+            whole = ones == sequences and rows == sequences
+            first = context if whole or not ones else _sliced(context, slice(0, ones), 1)
+            rest = None if whole else context
+            if ones and not whole:
+                rest = _sliced(context, slice(ones, sequences), context.max_query_len)
+            self._last = (context, ones, first, rest)
+        return self._last[1:]
+
+    def _prefill(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        qkv: Tensor,
+        H: int,
         kv: KVLayer,
         context: BatchContext,
         scale: float,
         window: int | None,
+        out: Tensor,
+        first_row: int,
     ) -> Tensor:
-        """Long chunks with nothing before them one by one through the library's kernel, the others in one of ours."""
-        long = [first == 0 and n >= DENSE_FROM for first, n in context.chunks]
-        if not any(long):
-            return self.attention(q, kv, context, scale, window)
-        lengths = {n for _, n in context.chunks}
-        if all(long) and len(lengths) == 1 and (len(long) == 1 or next(iter(lengths)) % STEP == 0):
-            return dense_attention(q, k, v, lengths.pop(), scale)
-        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        """Attention of sequences whose rows begin at ``first_row``, into ``out``: long chunks with nothing before
+        them by the library's kernel, or where a window forbids that by one that reads no cache, others by ours over
+        the cache."""
+        (_, G, _, D), M = kv.k.shape, len(qkv)
+        q, k, v = torch.split(qkv.view(M, H + 2 * G, D), [H, G, G], dim=1)
+        whole = [n if first == 0 else 0 for first, n in context.chunks]  # tokens of chunks with nothing before them
+        long = [n >= DENSE_FROM for n in whole]
+        plain = self.batch_invariant or q.element_size() != 2
+        if not plain and whole and all(whole) and window is not None and window < max(whole):
+            if power_of_two(D) == D and has_dependent_launch(q.device):
+                self._fresh(q, k, v, context, scale, window, out)
+                return out
+        if plain or not any(long) or not can_be_dense(D) or (window is not None and window < max(whole)):
+            self._paged(q, kv, context, scale, window, out, 0)
+            return out
+        if first_row == 0 and all(long) and len({*whole}) == 1 and (len(long) == 1 or whole[0] % STEP == 0):
+            return dense_attention(q, k, v, whole[0], scale)
         if not all(long):
             self._paged(q, kv, context, scale, window, out, DENSE_FROM)
-        at = 0
+        at = first_row
         for (_, n), own in zip(context.chunks, long, strict=True):
             if own:
                 part = slice(at, at + n)
@@ -163,10 +185,12 @@ class CudaKernels(ReferenceKernels):
         context: BatchContext,
         scale: float,
         window: int | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         S, (_, G, block_size, D) = len(qkv), kv.k.shape
         tables = context.groups[kv.group].block_tables
-        out = torch.empty(S, H * D, dtype=qkv.dtype, device=qkv.device)
+        if out is None:
+            out = torch.empty(S, H * D, dtype=qkv.dtype, device=qkv.device)
         longest = tables.shape[1] * block_size if window is None else min(tables.shape[1] * block_size, window)
         how = cuda_tuning.decode(S * G, D, num_multiprocessors(qkv.device), longest)
         share, splits = H // G, how.splits
@@ -244,15 +268,14 @@ class CudaKernels(ReferenceKernels):
             num_warps=how.num_warps, device=q.device,
         )  # fmt: skip
 
-    def fresh_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, context: BatchContext, scale: float, window: int | None
-    ) -> Tensor:
+    def _fresh(
+        self, q: Tensor, k: Tensor, v: Tensor, context: BatchContext, scale: float, window: int | None, out: Tensor
+    ) -> None:
         """``attention`` where every sequence's chunk is all there is of it so far, placed heads and all: keys and
         values are read where they were made. q [M, H, D], k and v [M, G, D], views of one product."""
         M, H, D = q.shape
         share, S = H // k.shape[1], context.kv_lens.shape[0]
         how = cuda_tuning.fresh(D)
-        out = torch.empty(M, H * D, dtype=q.dtype, device=q.device)
         tiles = min(M // how.block_m + S, S * -(-context.max_query_len // how.block_m))
         set_descriptor_memory(q.device)
         launch(
@@ -261,7 +284,21 @@ class CudaKernels(ReferenceKernels):
             D, share, how.block_m, how.block_n, _sequences(S), window is not None, how.stages,
             num_warps=how.num_warps, device=q.device,
         )  # fmt: skip
-        return out
+
+
+def _leading_ones(chunks: Sequence[tuple[int, int]]) -> int:
+    """Sequences before the first that has more than one new token."""
+    return next((i for i, (_, n) in enumerate(chunks) if n != 1), len(chunks))
+
+
+def _sliced(context: BatchContext, part: slice, longest: int) -> BatchContext:
+    """Some of the sequences; those before them have one token each, and row numbers stay."""
+    groups = tuple(KVGroupView(g.block_tables[part], g.slots[part.start :]) for g in context.groups)
+    starts = context.query_starts[part.start : part.stop + 1]
+    return BatchContext(
+        context.positions[part.start :], starts, context.kv_lens[part], groups, context.block_size,
+        longest, context.max_kv_len, context.chunks[part],
+    )  # fmt: skip
 
 
 def _sequences(S: int) -> int:

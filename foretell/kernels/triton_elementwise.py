@@ -46,7 +46,7 @@ def gated_activation(
     tl.store(y_ptr + row * F + f, (activated(gate, KIND) * up).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def place_heads(
     qkv_ptr, stride_m, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps,
     k_cache_ptr, v_cache_ptr, slots_ptr, H, G,

@@ -161,12 +161,23 @@ def test_prefill(kernels, device, H, G):
         case.check(kernels)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_mixed_batches(kernels, device, window):
+    """Sequences of one new token before others: those take the decode kernel."""
+    lengths = [40, 1, 33, 50, 7, 90]
+    for new in ([1, 1, 1, 50, 7, 1], [1, 1, 33, 20, 1, 5], [1, 1, 1, 1, 1, 89]):
+        case = Case(lengths, new, 8, 2, 64, window=window, norms=True, device=device)
+        case.context.chunks = [(n - m, m) for n, m in zip(lengths, new, strict=True)]
+        case.check(kernels)
+
+
 @pytest.mark.parametrize("window", [None, 300])
 def test_long_prompts_with_nothing_before_them(kernels, device, window):
     """Those go to the library's kernel, or without it to one that reads no cache; the others to ours."""
     scale = 50 if INTERPRETED else 1
     for lengths, new in (
-        ([1500, 1500], [1500, 1500]), ([1024, 3000, 700], [1024, 3000, 700]), ([2000, 1100, 40], [2000, 500, 1])
+        ([1500, 1500], [1500, 1500]), ([1024, 3000, 700], [1024, 3000, 700]), ([2000, 1100, 40], [2000, 500, 1]),
+        ([40, 2000, 1100, 1500], [1, 2000, 500, 1500]),
     ):  # fmt: skip
         lengths = [-(-n // scale) for n in lengths]
         new = [min(-(-m // scale), n) for m, n in zip(new, lengths, strict=True)]
