@@ -156,11 +156,11 @@ class CudaKernels(ReferenceKernels):
         whole = [n if first == 0 else 0 for first, n in context.chunks]  # tokens of chunks with nothing before them
         long = [n >= DENSE_FROM for n in whole]
         plain = self.batch_invariant or q.element_size() != 2
-        if not plain and whole and all(whole) and window is not None and window < max(whole):
-            if power_of_two(D) == D and has_dependent_launch(q.device):
-                self._fresh(q, k, v, context, scale, window, out)
-                return out
-        if plain or not any(long) or not can_be_dense(D) or (window is not None and window < max(whole)):
+        too_long = window is not None and bool(whole) and window < max(whole)
+        if too_long and all(whole) and not plain and power_of_two(D) == D and has_dependent_launch(q.device):
+            self._fresh(q, k, v, context, scale, window, out)
+            return out
+        if plain or too_long or not any(long) or not can_be_dense(D):
             self._paged(q, kv, context, scale, window, out, 0)
             return out
         if first_row == 0 and all(long) and len({*whole}) == 1 and (len(long) == 1 or whole[0] % STEP == 0):
