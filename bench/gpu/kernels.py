@@ -71,19 +71,11 @@ GATED = ((64, 128, 3, 4, 1), (64, 128, 4, 4, 1), (64, 64, 6, 4, 1), (32, 128, 5,
 # block_n, block_k, warps of a program that loads its share of K at once
 AT_ONCE = ((32, 512, 8), (32, 512, 4), (32, 256, 4), (16, 512, 4), (32, 256, 8), (64, 256, 8), (16, 256, 4))
 DECODE = [
-    tuning.Decode(n, s, smallest, st, w, ahead, bool(lanes))
-    for (n, st, w, ahead, lanes), s, smallest in itertools.product(
-        (
-            (64, 3, 4, 1, False),
-            (128, 2, 8, 1, False),
-            (128, 3, 8, 1, False),
-            (32, 1, 8, 1, True),
-            (16, 1, 4, 1, True),
-        ),
-        (1, 2, 8, 32),
-        (32, 64, 128, 256),
+    tuning.Decode(n, s, smallest, st, w, 1)
+    for (n, st, w), s, smallest in itertools.product(
+        ((64, 3, 4), (64, 3, 8), (128, 2, 8), (128, 3, 8), (32, 4, 4)), (1, 2, 8, 32), (128, 256, 1024)
     )
-    if (s > 1 or smallest == 256) and (lanes or smallest >= 128)
+    if s > 1 or smallest == 1024
 ]
 PREFILL = [tuning.Prefill(*p) for p in ((128, 128, 2, 8), (64, 64, 2, 4))]
 FRESH = [tuning.Prefill(*p) for p in ((128, 128, 3, 8), (128, 64, 2, 8), (64, 64, 2, 4))]

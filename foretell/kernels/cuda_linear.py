@@ -55,6 +55,8 @@ class CudaLinear:
             if (one := cuda_tuning.one_row(N, self.in_features, bool(kind), units)) is not None:
                 self._one_row(x, y, kind, one)
                 return y
+            if not kind and self.bias is None:
+                return F.linear(x, self.weight)  # 139 µs for Gemma's head of 262144 rows of 1152, our tiles 148
         self._few_rows(x, y, kind)
         return y
 

@@ -98,7 +98,7 @@ def decode(pairs: int, D: int, multiprocessors: int, max_kv_len: int) -> Decode:
     if pairs >= 4 * multiprocessors:
         return Decode(128, 1, 128, 2, 8, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
     if pairs >= multiprocessors:
-        return Decode(64, 2, 512, 3, 4, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
+        return Decode(128, 1, 128, 3, 8, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
     splits = 1
     while pairs * splits < 2 * multiprocessors and splits < 32 and splits * 128 < max_kv_len:
         splits *= 2
