@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -136,7 +137,7 @@ class Supervisor:
             self._connection, self.state = None, "restarting"
             self._listener.on_down(reason)
             await self._end(connection)
-            log.error("%s (exit status %s); starting another", reason, connection.process.returncode)
+            log.error("%s (%s); starting another", reason, how_it_ended(connection.process.returncode))
             connection = await self._restart()
             self.restarts += 1
 
@@ -245,6 +246,16 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         await asyncio.to_thread(self.process.wait)
+
+
+def how_it_ended(status: int | None) -> str:
+    """An exit status in words."""
+    if status == -signal.SIGKILL:
+        return "killed: by this server, for want of memory, or by hand"
+    if status is not None and status < 0:
+        with suppress(ValueError):
+            return f"by signal {signal.Signals(-status).name}"
+    return f"exit status {status}"
 
 
 async def _connect(command: Sequence[str], listener: Listener) -> _Connection:
