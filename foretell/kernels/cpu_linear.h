@@ -11,7 +11,9 @@ namespace foretell {
 
 constexpr int NR = 32;          // columns in a panel
 constexpr int V = NR / W;       // vectors across a panel
-constexpr int kMaxRows = W == 16 ? 14 : W == 8 ? 3 : 3;  // accumulators fill the registers, less what they need
+// A tile is some rows × some vectors of a panel: its sums fill the registers, less what factors and weights need.
+constexpr int kTileV = 2;
+constexpr int kMaxRows = W == 16 ? 14 : 6;
 constexpr i64 kBlockK = 768;    // k of one pass over a tile: a tile of x stays in L1
 constexpr i64 kBlockRows = W == 16 ? 168 : 96;  // rows of one pass over a panel: they stay in L2
 constexpr i64 kAhead = 64;                      // words by which prefetching runs ahead (8 KiB)
@@ -26,35 +28,45 @@ struct LinearArgs {
   float* y;           // [M, N]
 };
 
-// One tile: MR rows × P panels over `words` words. `first`: start from zero, else go on from y; `bias` on the last.
-template <class T, int MR, int P>
-void tile(const float* x, const uint32_t* w, i64 panel_words, i64 words, float* y, i64 ldy, bool first,
-          const float* bias) {
-  vf acc[MR][P * V];
-  UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < P * V; v++)
-    acc[m][v] = first ? vf{} : load(y + m * ldy + v * W);
+// One tile: MR rows × C vectors of columns over `words` words; columns beyond a panel's are the next panel's.
+// `first`: start from zero, else go on from y; `bias` on the last.
+template <class T, int MR, int C>
+INLINE void tile(const float* x, const uint32_t* w, i64 panel_words, i64 words, float* y, i64 ldy, bool first,
+                 const float* bias) {
+  constexpr int P = C > V ? C / V : 1, N = C / P;  // panels, vectors of each
+  vf acc[MR][C];
+  UNROLL for (int m = 0; m < MR; m++) UNROLL for (int c = 0; c < C; c++)
+    acc[m][c] = first ? vf{} : load(y + m * ldy + c * W);
   for (i64 k = 0; k < words; k++) {
     UNROLL for (int p = 0; p < P; p++) {
       const uint32_t* row = w + p * panel_words + k * NR;
       // The panel's first tile takes it from memory: ask for it well ahead.
-      __builtin_prefetch(row + kAhead * NR);
-      __builtin_prefetch(row + kAhead * NR + 16);
+      UNROLL for (int i = 0; i < N * W; i += 16) __builtin_prefetch(row + kAhead * NR + i);
       // A number of x is loaded once for all of the panel: this order needs the fewest registers.
-      vu word[V];
-      UNROLL for (int v = 0; v < V; v++) word[v] = load(row + v * W);
+      vu word[N];
+      UNROLL for (int v = 0; v < N; v++) word[v] = load(row + v * W);
       UNROLL for (int h = 0; h < T::per_word; h++) {
-        vf weight[V];
-        UNROLL for (int v = 0; v < V; v++) weight[v] = h ? T::high(word[v]) : T::low(word[v]);
+        vf weight[N];
+        UNROLL for (int v = 0; v < N; v++) weight[v] = h ? T::high(word[v]) : T::low(word[v]);
         UNROLL for (int m = 0; m < MR; m++) {
           vf factor = splat(x[h * MR + m]);
-          UNROLL for (int v = 0; v < V; v++) acc[m][p * V + v] = multiply_add<T>(factor, weight[v], acc[m][p * V + v]);
+          UNROLL for (int v = 0; v < N; v++) acc[m][p * N + v] = multiply_add<T>(factor, weight[v], acc[m][p * N + v]);
         }
       }
     }
     x += MR * T::per_word;
   }
-  UNROLL for (int m = 0; m < MR; m++) UNROLL for (int v = 0; v < P * V; v++)
-    store(y + m * ldy + v * W, bias ? acc[m][v] + load(bias + v * W) : acc[m][v]);
+  UNROLL for (int m = 0; m < MR; m++) UNROLL for (int c = 0; c < C; c++)
+    store(y + m * ldy + c * W, bias ? acc[m][c] + load(bias + c * W) : acc[m][c]);
+}
+
+// P panels, tile by tile.
+template <class T, int MR, int P>
+void tiles(const float* x, const uint32_t* w, i64 panel_words, i64 words, float* y, i64 ldy, bool first,
+           const float* bias) {
+  if constexpr (P > 1) return tile<T, MR, P * V>(x, w, panel_words, words, y, ldy, first, bias);
+  for (int c = 0; c < NR; c += kTileV * W)
+    tile<T, MR, kTileV>(x, w + c, panel_words, words, y + c, ldy, first, bias ? bias + c : nullptr);
 }
 
 template <class T>
@@ -62,8 +74,8 @@ using TileFn = void (*)(const float*, const uint32_t*, i64, i64, float*, i64, bo
 
 template <class T, int MR>
 INLINE TileFn<T> pick(int rows) {
-  if constexpr (MR == 1) return tile<T, 1, 1>;
-  else return rows == MR ? tile<T, MR, 1> : pick<T, MR - 1>(rows);
+  if constexpr (MR == 1) return tiles<T, 1, 1>;
+  else return rows == MR ? tiles<T, MR, 1> : pick<T, MR - 1>(rows);
 }
 
 // Columns [n, n + NR) of a tile, the last panel through a buffer where N ends inside it.
@@ -82,13 +94,13 @@ template <class T, int MR, int P>
 void stream(const LinearArgs& a, const float* x, i64 words, i64 begin, i64 end) {
   i64 panel = begin, whole = a.N / NR;
   for (; panel + P <= end && panel + P <= whole; panel += P)
-    tile<T, MR, P>(x, a.w + panel * words * NR, words * NR, words, a.y + panel * NR, a.N, true,
+    tiles<T, MR, P>(x, a.w + panel * words * NR, words * NR, words, a.y + panel * NR, a.N, true,
                    a.bias ? a.bias + panel * NR : nullptr);
   for (; panel < end; panel++) {
     const uint32_t* w = a.w + panel * words * NR;
     const float* bias = a.bias ? a.bias + panel * NR : nullptr;
-    if (panel < whole) tile<T, MR, 1>(x, w, 0, words, a.y + panel * NR, a.N, true, bias);
-    else edge_tile<T>(tile<T, MR, 1>, MR, int(a.N - panel * NR), x, w, words, a.y + panel * NR, a.N, true, bias);
+    if (panel < whole) tiles<T, MR, 1>(x, w, 0, words, a.y + panel * NR, a.N, true, bias);
+    else edge_tile<T>(tiles<T, MR, 1>, MR, int(a.N - panel * NR), x, w, words, a.y + panel * NR, a.N, true, bias);
   }
 }
 

@@ -13,7 +13,8 @@
 
 namespace foretell {
 
-constexpr int kFusedRows = W == 16 ? 8 : 2;  // up to here weights go from memory to registers, beyond to scratch
+constexpr int kFusedRows = W == 16 ? 8 : 6;  // up to here weights go from memory to registers, beyond to scratch
+constexpr int kWideRows = W == 16 ? 8 : 1;   // up to here the sums of a whole panel fit in registers, too
 constexpr i64 kAheadBytes = 4096;            // by which prefetching runs ahead
 
 // --- integers: eight steps of k for a panel, the value of step j in vector v of the columns ---
@@ -198,29 +199,46 @@ struct QuantArgs {
   const uint8_t* w;
 };
 
-// MR rows × P panels over all of k; x as [k][MR].
-template <class F, int MR, int P>
-void fused_tile(const float* x, const uint8_t* w, i64 panel_bytes, i64 groups, float* y, i64 ldy, const float* bias) {
-  vf acc[MR][P * V] = {};
+// MR rows × vectors [from, from + N) of P panels over all of k; x as [k][MR].
+template <class F, int MR, int P, int from, int N>
+INLINE void fused_tile(const float* x, const uint8_t* w, i64 panel_bytes, i64 groups, float* y, i64 ldy,
+                       const float* bias) {
+  vf acc[MR][P * N] = {};
   for (i64 g = 0; g < groups; g++, w += F::bytes) {
-    vf d[P * V], m[P * V];
+    vf d[P * N], m[P * N];
     UNROLL for (int p = 0; p < P; p++) {
-      F::scales(w + p * panel_bytes, d + p * V, m + p * V);
-      UNROLL for (i64 i = 0; i < F::bytes; i += 64) __builtin_prefetch(w + p * panel_bytes + kAheadBytes + i);
+      vf all_d[V], all_m[V];
+      F::scales(w + p * panel_bytes, all_d, all_m);
+      UNROLL for (int v = 0; v < N; v++) d[p * N + v] = all_d[from + v], m[p * N + v] = all_m[from + v];
+      if (from == 0)
+        UNROLL for (i64 i = 0; i < F::bytes; i += 64) __builtin_prefetch(w + p * panel_bytes + kAheadBytes + i);
     }
     for (i64 s = 0; s < F::group / 8; s++, x += 8 * MR) {
       UNROLL for (int p = 0; p < P; p++) {
         typename F::Ints q(w + p * panel_bytes + F::header + s * F::Ints::bytes);
-        UNROLL for (int j = 0; j < 8; j++) UNROLL for (int v = 0; v < V; v++) {
-          vf weight = F::weight(q(j, v), d[p * V + v], m[p * V + v]);
-          UNROLL for (int r = 0; r < MR; r++)
-            acc[r][p * V + v] = fma(splat(x[j * MR + r]), weight, acc[r][p * V + v]);
+        UNROLL for (int j = 0; j < 8; j++) {
+          vf weight[N];
+          UNROLL for (int v = 0; v < N; v++) weight[v] = F::weight(q(j, from + v), d[p * N + v], m[p * N + v]);
+          UNROLL for (int r = 0; r < MR; r++) {
+            vf factor = splat(x[j * MR + r]);
+            UNROLL for (int v = 0; v < N; v++) acc[r][p * N + v] = fma(factor, weight[v], acc[r][p * N + v]);
+          }
         }
       }
     }
   }
-  UNROLL for (int r = 0; r < MR; r++) UNROLL for (int v = 0; v < P * V; v++)
-    store(y + r * ldy + v * W, bias ? acc[r][v] + load(bias + v * W) : acc[r][v]);
+  UNROLL for (int r = 0; r < MR; r++) UNROLL for (int p = 0; p < P; p++) UNROLL for (int v = 0; v < N; v++) {
+    int c = p * NR + (from + v) * W;
+    store(y + r * ldy + c, bias ? acc[r][p * N + v] + load(bias + c) : acc[r][p * N + v]);
+  }
+}
+
+// P whole panels, in halves where the sums of all columns would not fit: the second finds its weights in L1.
+template <class F, int MR, int P>
+void fused_tiles(const float* x, const uint8_t* w, i64 panel_bytes, i64 groups, float* y, i64 ldy, const float* bias) {
+  if constexpr (MR <= kWideRows) return fused_tile<F, MR, P, 0, V>(x, w, panel_bytes, groups, y, ldy, bias);
+  fused_tile<F, MR, P, 0, V / 2>(x, w, panel_bytes, groups, y, ldy, bias);
+  fused_tile<F, MR, P, V / 2, V / 2>(x, w, panel_bytes, groups, y, ldy, bias);
 }
 
 template <class F, int MR>
@@ -229,13 +247,13 @@ void fused_panels(const QuantArgs& a, const float* x, i64 begin, i64 end) {
   const LinearArgs& l = a.linear;
   i64 panel = begin, whole = l.N / NR, groups = l.K / F::group, bytes = groups * F::bytes;
   for (; panel + P <= end && panel + P <= whole; panel += P)
-    fused_tile<F, MR, P>(x, a.w + panel * bytes, bytes, groups, l.y + panel * NR, l.N,
+    fused_tiles<F, MR, P>(x, a.w + panel * bytes, bytes, groups, l.y + panel * NR, l.N,
                          l.bias ? l.bias + panel * NR : nullptr);
   for (; panel < end; panel++) {
     alignas(64) float buffer[MR * NR], bias[NR] = {};
     i64 columns = l.N - panel * NR < NR ? l.N - panel * NR : NR;
     if (l.bias) std::memcpy(bias, l.bias + panel * NR, columns * sizeof(float));
-    fused_tile<F, MR, 1>(x, a.w + panel * bytes, 0, groups, buffer, NR, l.bias ? bias : nullptr);
+    fused_tiles<F, MR, 1>(x, a.w + panel * bytes, 0, groups, buffer, NR, l.bias ? bias : nullptr);
     for (int r = 0; r < MR; r++) std::memcpy(l.y + r * l.N + panel * NR, buffer + r * NR, columns * sizeof(float));
   }
 }
