@@ -142,7 +142,11 @@ async def _warm_up(asked: Asked, client: HttpClient, interface: Interface, promp
     requests = tuple(TraceRequest(r.prompt_len, min(WARMUP_TOKENS, r.output_len)) for r in first)
     own = replace(prompts, workload=replace(prompts.workload, requests=requests))
     pace = Pace(closed=True, max_concurrency=asked.warmup, timeout_seconds=asked.pace.timeout_seconds)
-    await Driver(client, interface, own, pace, advance=None).run(variant=_variant(asked) - 1)
+    run = await Driver(client, interface, own, pace, advance=None).run(variant=_variant(asked) - 1)
+    if run.interrupted:
+        raise KeyboardInterrupt
+    for kind, count in run.errors().items():
+        print(f"note: {count} of {len(run.sent)} warm-up requests were not served: {kind}")
 
 
 # -- words ------------------------------------------------------------------------------------------------

@@ -439,6 +439,19 @@ def test_a_second_run_does_not_live_off_the_first_ones_cache():
     assert len(set(different)) == len(different) == 4 * (3 + 3)
 
 
+def test_a_warm_up_that_fails_says_so():
+    def script(exchange):
+        if 2 <= exchange.number < 6:
+            exchange.refuse(429, "full")
+        else:
+            exchange.answer()
+
+    with ScriptedServer(script) as server:
+        result = bench("--base-url", server.url, "--max-concurrency", "1", "--num-requests", "4")
+    assert "4 of 4 warm-up requests were not served: HTTP 429" in result.output
+    assert json.loads(result.stdout.splitlines()[-1])["errors"] == {}
+
+
 def test_chunks_count_where_the_server_does_not():
     with ScriptedServer(lambda exchange: exchange.answer(usage=False)) as server:
         result = bench("--base-url", server.url, "--max-concurrency", "2", "--num-requests", "5", "--warmup", "0")
