@@ -1,13 +1,13 @@
 # make run   - set up, fetch the default model, answer a prompt
 # make test  - set up and run the tests
 # make soak  - two minutes of mixed load, twenty kills of the engine, twice: what is too long for every run
-# make check - format, lint, strict types and tests: what CI runs
+# make check - format, lint, strict types, tests and two minutes of mixed load: what CI runs
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= Explain in three sentences why the sky is blue.
 
-.PHONY: run test soak check lint types setup setup-dev clean
+.PHONY: run test soak soak-short check lint types setup setup-dev clean
 
 run: setup
 	@$(BIN)/foretell run "$(PROMPT)"
@@ -18,7 +18,10 @@ test: setup-dev
 soak: setup-dev
 	@$(BIN)/python -m pytest -m slow tests/server/test_campaigns.py
 
-check: lint types test
+soak-short: setup-dev
+	@$(BIN)/python -m pytest -m slow tests/server/test_campaigns.py -k two_minutes
+
+check: lint types test soak-short
 
 lint: setup-dev
 	@$(BIN)/ruff check .
