@@ -40,14 +40,12 @@ def test_every_walk_matches_in_ascii(compiler: GrammarCompiler, pattern: str, in
         assert re.fullmatch(pattern, text, re.ASCII), (text, ids)
 
 
-@given(st.text(alphabet=r"\dDwWs[]^.-ab01é ", max_size=12))
+@given(st.text(alphabet=r"\dDwWs]^.-ab01é ", max_size=12))
 def test_python_reads_the_rewritten_expression_as_the_ascii_one(pattern: str) -> None:
-    """Outside of brackets (Python knows none within others) nothing else has changed."""
+    """Nothing else has changed. Without brackets of its own: Python knows none within others."""
     try:
         wanted = re.compile(pattern, re.ASCII)
     except re.error:
-        return
-    if "[" in pattern:
         return
     rewritten = re.compile(ascii_classes(pattern), re.ASCII)
     for text in ("0", "a", "_", "é", "٣", "\\", "d", "ab01", "\\d", " "):
