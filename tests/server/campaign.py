@@ -68,6 +68,9 @@ class Campaign:
                 return await reader.read()
         except ConnectionError:
             return b""
+        except TimeoutError:
+            self.faults.append(f"nothing for {ANSWER_SECONDS:g} s after {request[:400]!r}")
+            return b""
         finally:
             writer.close()
 
