@@ -3,6 +3,7 @@ request alone."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -12,8 +13,9 @@ import openai
 import pytest
 
 from foretell.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from foretell.server import sse
 from foretell.server.local_engine import LocalTextEngine
-from tests.server.client import request
+from tests.server.client import request, run
 from tests.server.live import serving
 from tests.server.scripted import ScriptedEngine
 
@@ -115,3 +117,33 @@ def test_one_of_many_prompts_that_fails_ends_the_others(tiny: LocalTextEngine) -
     body = {"prompt": ["a", "b", "c"], "max_tokens": 200, "ignore_eos": True}
     assert request(engine, "POST", "/v1/completions", json=body).status_code == 503
     assert tiny.unfinished == 0
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, leaves: bool) -> None:
+    """Past its deadline and a grace, or when it hangs up: what makes the pieces is closed."""
+    monkeypatch.setattr(sse, "GRACE_SECONDS", 0.01)
+    closed = []
+
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"data: x\n\n"
+        finally:
+            closed.append(True)
+
+    async def receive() -> Any:
+        if not leaves:
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def go() -> None:
+        stream = sse.EventStream(pieces(), None if leaves else 0.01)
+        await asyncio.wait_for(stream({"type": "http", "path": "/"}, receive, send), 30)
+
+    run(go())
+    assert closed == [True]
