@@ -35,6 +35,8 @@ class Campaign:
 
     async def _judge(self, request: bytes) -> None:
         answer = await self.send(request)
+        if answer.startswith(b"HTTP/1.1 100 "):  # "go on": the answer itself comes behind it
+            answer = answer.partition(b"\r\n\r\n")[2]
         status = answer[9:12].decode("ascii", "replace") if answer.startswith(b"HTTP/1.1 ") else "closed"
         self.counts[status] += 1
         if status == "closed":
