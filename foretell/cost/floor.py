@@ -17,8 +17,6 @@ from foretell.cost import operations
 from foretell.cost.hardware import BYTES_PER_ELEMENT, Hardware
 from foretell.model.parameters import count_parameters
 
-MATRICES = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down")
-
 
 class Span(Protocol):
     """What matters of a batch's chunk."""
@@ -83,9 +81,9 @@ class FloorCost:
         counts = count_parameters(spec)
         self.head_parameters = spec.vocab_size * spec.hidden_size
         self.weights = weights or WeightBytes.in_dtype(spec, dtype)
-        self.matrix_parameters = counts.num_layers * sum(counts.layer.get(part, 0) for part in MATRICES)
-        kv_bytes_per_token_layer = 2 * spec.num_kv_heads * spec.head_dim * element
-        flops_per_pair_layer = 4 * spec.num_heads * spec.head_dim  # Q·K and the weighting of V, 2 each
+        self.matrix_parameters = counts.num_layers * sum(counts.layer.get(part, 0) for part in operations.MATRICES)
+        kv_bytes_per_token_layer = spec.kv_bytes_per_token(element) // spec.num_layers
+        flops_per_pair_layer = operations.score_flops(spec, 1)
         self.kv_groups = [
             (group.window, len(group.layers) * kv_bytes_per_token_layer, len(group.layers) * flops_per_pair_layer)
             for group in spec.kv_groups

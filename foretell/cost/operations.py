@@ -18,6 +18,7 @@ from foretell.model.parameters import count_parameters
 
 _PROJECTIONS = ("attention.q", "attention.k", "attention.v", "attention.o")
 _MLP = ("mlp.gate", "mlp.up", "mlp.down")
+MATRICES = _PROJECTIONS + _MLP  # of a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def _flops(spec: ModelSpec, tokens: int, scores: int) -> Flops:
 def kv_bytes(spec: ModelSpec, tokens: int, bytes_per_element: int) -> int:
     """K and V that a sequence of ``tokens`` needs for its next token: a sliding layer keeps its window only."""
     kept = sum(visible_keys(tokens, window) for window in spec.windows)
-    return 2 * kept * spec.num_kv_heads * spec.head_dim * bytes_per_element
+    return kept * spec.kv_bytes_per_token(bytes_per_element) // spec.num_layers
 
 
 def decode_traffic(spec: ModelSpec, context_tokens: int, bytes_per_element: int, batch_size: int = 1) -> Traffic:

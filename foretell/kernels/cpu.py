@@ -15,6 +15,7 @@ from torch import Tensor
 from foretell.config import Activation
 from foretell.kernels.base import BatchContext, KVLayer, Linear
 from foretell.kernels.cpu_build import load_library
+from foretell.kernels.cpu_packed import PackedLinear
 from foretell.kernels.cpu_quant import SIGNATURES as QUANT_SIGNATURES
 from foretell.kernels.cpu_quant import CpuQuantLinear, is_packable
 from foretell.kernels.reference import ReferenceKernels
@@ -39,59 +40,25 @@ SIGNATURES = QUANT_SIGNATURES | {
 RESULTS = {"ft_packed_words": _L, "ft_quant_bytes": _L, "ft_rounds_activations": _I}
 
 
-class CpuLinear:
+class CpuLinear(PackedLinear):
     """A weight packed in panels of 32 columns; the only copy, in the dtype it came in.
 
     Activations stay float32, except that a CPU with bfloat16 dot products rounds those of six rows or more
     for a bfloat16 weight, unless ``exact``.
     """
 
-    __slots__ = (
-        "_bias",
-        "_bias_ptr",
-        "_call",
-        "_exact",
-        "_format",
-        "_packed",
-        "_packed_ptr",
-        "in_features",
-        "out_features",
-    )
+    __slots__ = ()
 
     def __init__(self, lib: CDLL, weight: Tensor, bias: Tensor | None, exact: bool) -> None:
-        self.out_features, self.in_features = weight.shape
+        N, K = weight.shape
         weight = weight.detach()
         if weight.stride(1) != 1:
             weight = weight.contiguous()
-        self._format = FORMATS[weight.dtype]
-        words = lib.ft_packed_words(self.out_features, self.in_features, self._format)
-        self._packed = torch.empty(words, dtype=torch.int32)
-        self._packed_ptr = self._packed.data_ptr()
+        number_format = FORMATS[weight.dtype]
+        packed = torch.empty(lib.ft_packed_words(N, K, number_format), dtype=torch.int32)
         row_bytes = weight.stride(0) * weight.element_size()
-        lib.ft_pack_weight(
-            weight.data_ptr(), self.out_features, self.in_features, row_bytes, self._format, self._packed_ptr
-        )
-        self._bias = None if bias is None else bias.detach().float().clone()
-        self._bias_ptr = None if self._bias is None else self._bias.data_ptr()
-        self._call, self._exact = lib.ft_linear, int(exact)
-
-    @property
-    def nbytes(self) -> int:
-        return self._packed.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is not torch.float32:
-            return self(x.float()).to(x.dtype)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        rows, N, K = x.shape[0], self.out_features, self.in_features
-        assert x.shape[1] == K
-        y = torch.empty(rows, N)
-        self._call(
-            x.data_ptr(), x.stride(0), rows, N, K,
-            self._packed_ptr, self._bias_ptr, y.data_ptr(), self._format, self._exact,
-        )  # fmt: skip
-        return y
+        lib.ft_pack_weight(weight.data_ptr(), N, K, row_bytes, number_format, packed.data_ptr())
+        super().__init__((N, K), packed, bias, lib.ft_linear, (number_format, int(exact)))
 
 
 class CpuKernels(ReferenceKernels):
