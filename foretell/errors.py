@@ -42,4 +42,4 @@ class UnavailableError(ForetellError):
 
 
 class DeadlineError(ForetellError):
-    """A request was not finished by its deadline (HTTP 504)."""
+    """A request was not finished by its deadline (HTTP 408)."""

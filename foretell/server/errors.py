@@ -17,7 +17,6 @@ _TYPES = {
     415: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
-    504: "timeout_error",
 }
 _ANTHROPIC_TYPES = {**_TYPES, 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 NO_THREADS = "thread_unsupported_request"  # the code that tells Anthropic's client to go on without a thread
@@ -61,7 +60,7 @@ def as_api_error(error: BaseException) -> ApiError | None:
     if isinstance(error, UnavailableError):
         return ApiError(503, message, code="engine_unavailable", headers={"retry-after": "1"})
     if isinstance(error, DeadlineError):
-        return ApiError(504, message, code="deadline_exceeded")
+        return ApiError(408, message, code="deadline_exceeded")
     if isinstance(error, ForetellError):
         return ApiError(500, message, code="engine_error")
     return None

@@ -21,17 +21,16 @@ _MEANINGS = {
     403: "Not allowed.",
     404: "No such model or route.",
     405: "The route has other methods.",
-    408: "The body came too slowly.",
+    408: "The body came too slowly, or the request was not finished by its deadline.",
     413: "The body is too large.",
     415: "The body is not application/json.",
     429: "The queue is full; see Retry-After.",
     500: "The engine failed on this request.",
     503: "The engine is not available now.",
-    504: "The request's deadline passed.",
 }
 COMMON_ERRORS = (401, 403)
 BODY_ERRORS = (400, 404, 408, 413, 415)
-ENGINE_ERRORS = (429, 500, 503, 504)
+ENGINE_ERRORS = (408, 429, 500, 503)
 
 
 def describe(

@@ -80,7 +80,7 @@ class Soak:
 
     def judge(self, kind: str, answer: Any, key: tuple[str, int]) -> str:
         if answer.error is not None:
-            if answer.status not in (429, 503, 504):
+            if answer.status not in (429, 503, 408):
                 self.report.wrong.append(f"{kind}: {answer.status} {answer.error}")
             return f"{kind} {answer.status}"
         if not answer.done or answer.text != self.expected[key]:
@@ -107,7 +107,7 @@ class Soak:
                 len(c["logprobs"]["tokens"]) != length for c in choices
             ):
                 self.report.wrong.append(f"n=3 gave {[c['logprobs'] for c in choices]}")
-        elif response.status_code not in (429, 503, 504):
+        elif response.status_code not in (429, 503, 408):
             self.report.wrong.append(f"n=3: {response.status_code} {response.text}")
         return f"much {response.status_code}"
 
@@ -145,7 +145,7 @@ class Soak:
         response = await self.server.http.post(
             "/v1/completions", json=body(self.pick()[0], 300, timeout_seconds=0.02)
         )
-        if response.status_code not in (200, 429, 503, 504):
+        if response.status_code not in (200, 429, 503, 408):
             self.report.wrong.append(f"deadline: {response.status_code} {response.text}")
         return f"deadline {response.status_code}"
 
@@ -159,7 +159,7 @@ class Soak:
     async def fills_the_context(self) -> str:
         prompt = "y" * (CONTEXT - 8)
         response = await self.server.http.post("/v1/completions", json=body(prompt, 4))
-        if response.status_code not in (200, 429, 503, 504):
+        if response.status_code not in (200, 429, 503, 408):
             self.report.wrong.append(f"a full context: {response.status_code} {response.text}")
         return f"full {response.status_code}"
 

@@ -61,7 +61,7 @@ def ask(engine: Any, path: str, **more: Any) -> Any:
     [
         (OverloadedError("the queue is full", 7.0), 429),
         (UnavailableError("the engine was lost"), 503),
-        (DeadlineError("not finished within 1 s"), 504),
+        (DeadlineError("not finished within 1 s"), 408),
         (ZeroDivisionError("a defect"), 500),
     ],
 )
@@ -133,7 +133,7 @@ def test_the_clients_notice(tiny: LocalTextEngine) -> None:
 @pytest.mark.parametrize("path", BODIES)
 def test_a_deadline_of_its_own_ends_a_request(tiny: LocalTextEngine, path: str) -> None:
     answer = ask(tiny, path, timeout_seconds=0.0001)
-    assert answer.status_code == 504
+    assert answer.status_code == 408
     assert "0.0001 s" in answer.json()["error"]["message"]
 
 

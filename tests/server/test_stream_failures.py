@@ -32,7 +32,7 @@ ERRORS = [
     (InvalidRequestError("no"), 400, "invalid_request_error"),
     (OverloadedError("full", 7.0), 429, "rate_limit_error"),
     (UnavailableError("lost"), 503, "overloaded_error"),
-    (DeadlineError("late"), 504, "timeout_error"),
+    (DeadlineError("late"), 408, "timeout_error"),
     (RuntimeError("a secret of ours"), 500, "server_error"),
 ]
 
