@@ -1,4 +1,4 @@
-"""Admission: is there room for a waiting request, and how much of it does the prefix cache hold already?"""
+"""Admission: may a waiting request join now, is there room for it, and how much of it is in the prefix cache?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,22 @@ class Admission:
         self.running = running
         self.max_num_seqs = config.max_num_seqs
         self.watermark_blocks = int(config.watermark * min(p.num_blocks for p in blocks.pools))
+        self.several = config.admission_batch
+        self.was_full = False  # all sequences were in use since the last admission
+        self._free_since = 0  # the turn from which on some are not
         self._refused: tuple[Request, int, int] | None = None  # who found no room; its hits, blocks.given_back then
+
+    def has_free_sequences(self, turn: int) -> bool:
+        """Prompts that join one by one cost a mixed step each; where those are dear, an engine that was full waits
+        until several can join at once, or all that wait, though never longer than as many turns."""
+        free = self.max_num_seqs - len(self.running)
+        if free <= 0 or not self.was_full:
+            return free > 0
+        self._free_since = self._free_since or turn
+        if self.running and free < min(self.several, len(self.waiting)) and turn - self._free_since < self.several:
+            return False
+        self.was_full, self._free_since = False, 0
+        return True
 
     def find_room(self, request: Request) -> int | None:
         """Tokens that cached blocks save the first in the queue, if there is room for the rest; else None. It has

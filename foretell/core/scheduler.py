@@ -3,19 +3,19 @@ policy and every executor. It sees no clock: ages are counted in turns, so a rep
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from foretell.config import SchedulerConfig
+from foretell.core.accept import accept
 from foretell.core.admission import Admission
 from foretell.core.blocks import BlockManager
+from foretell.core.checks import check_priority, check_prompt_len
 from foretell.core.counters import Counters
-from foretell.core.messages import Added, Batch, Chunk, ChunkResult, Output, Result, Turn
+from foretell.core.messages import Added, Batch, Chunk, Output, Result, Turn
+from foretell.core.plan import Plan
 from foretell.core.policy import get_policy
 from foretell.core.request import Request, State
 from foretell.core.waiting import AGED, WaitingQueue
 from foretell.errors import ConfigError, InvalidRequestError
 
-MAX_PRIORITY = 2**31
 OVERDUE_RANK, AGED_RANK = -2, -1  # before every policy's ranks: running ones passed over, then aged prompts
 
 
@@ -43,8 +43,6 @@ class Scheduler:
         self.waiting = WaitingQueue(config.starvation_turns)
         self.admission = Admission(config, blocks, self.waiting, self.running)
         self.turn = 0
-        self._was_full = False  # all sequences were in use since the last admission
-        self._free_since = 0  # the turn from which on some are not
         self._orders = 0
         self._batches: dict[int, Batch] = {}
         self._next_batch_id = 0
@@ -138,7 +136,7 @@ class Scheduler:
     def schedule(self, now: float) -> Turn | None:
         """The next batch, or None when nothing can be scheduled before a result or a request comes."""
         self.turn += 1
-        plan = _Plan(self.config.max_num_batched_tokens, self._max_seqs_in_batch())
+        plan = Plan(self.config.max_num_batched_tokens, self._max_seqs_in_batch())
         waiting_rank = self.policy.prefill_rank
         if self.waiting.num_aside:
             self.waiting.recall(self.blocks.expected)
@@ -153,7 +151,7 @@ class Scheduler:
         self._admit_before(None, waiting_rank, plan, now)
         return self._submit(plan)
 
-    def _submit(self, plan: _Plan) -> Turn | None:
+    def _submit(self, plan: Plan) -> Turn | None:
         if not plan.chunks:
             return None
         batch = Batch(self._next_batch_id, plan.chunks, plan.added, self._removed)
@@ -194,7 +192,7 @@ class Scheduler:
                 ranked.append((prefill_rank if prefill else decode_rank, key, request))
         return ranked
 
-    def _try_plan(self, request: Request, plan: _Plan) -> bool:
+    def _try_plan(self, request: Request, plan: Plan) -> bool:
         """Plan the request's next chunk if phase, budget and memory allow."""
         start, pending = request.planned, request.pending
         prefill = start < request.prefill_end
@@ -242,7 +240,7 @@ class Scheduler:
 
     # -- admission ----------------------------------------------------------------------------------
 
-    def _admit_before(self, bound: tuple[int, tuple[int, int]] | None, rank: int, plan: _Plan, now: float) -> None:
+    def _admit_before(self, bound: tuple[int, tuple[int, int]] | None, rank: int, plan: Plan, now: float) -> None:
         """Admit waiting requests that rank before ``bound`` (None: all that fit). Strictly in order: one
         that finds no room keeps those behind it waiting, or a large request would starve."""
         while not plan.full and not plan.admission_closed:
@@ -255,20 +253,8 @@ class Scheduler:
             if not self._admit(request, plan, now) and self.waiting.first(self.turn) is request:
                 plan.admission_closed = True
 
-    def _has_free_sequences(self) -> bool:
-        """Prompts that join one by one cost a mixed step each; where those are dear, an engine that was full waits
-        until several can join at once, or all that wait, though never longer than as many turns."""
-        free, several = self.config.max_num_seqs - len(self.running), self.config.admission_batch
-        if free <= 0 or not self._was_full:
-            return free > 0
-        self._free_since = self._free_since or self.turn
-        if self.running and free < min(several, self.num_waiting) and self.turn - self._free_since < several:
-            return False
-        self._was_full, self._free_since = False, 0
-        return True
-
-    def _admit(self, request: Request, plan: _Plan, now: float) -> bool:
-        if plan.blocked_from is not None or not self._has_free_sequences():
+    def _admit(self, request: Request, plan: Plan, now: float) -> bool:
+        if plan.blocked_from is not None or not self.admission.has_free_sequences(self.turn):
             return False
         if not self.policy.mixes and plan.prefill is False:
             return False
@@ -288,11 +274,11 @@ class Scheduler:
         return True
 
     def _finish_admission(
-        self, request: Request, first_blocks: tuple[tuple[int, ...], ...], plan: _Plan, now: float
+        self, request: Request, first_blocks: tuple[tuple[int, ...], ...], plan: Plan, now: float
     ) -> None:
         self.waiting.pop_first()
         self.running.append(request)
-        self._was_full = len(self.running) == self.config.max_num_seqs
+        self.admission.was_full = len(self.running) == self.config.max_num_seqs
         chunk = plan.chunks[-1]
         chunk.new_block_ids = tuple(
             shared + new for shared, new in zip(first_blocks, chunk.new_block_ids, strict=True)
@@ -326,71 +312,11 @@ class Scheduler:
             if computed // block_size > request.published and (news is None or news.error is None):
                 self.blocks.publish(request, computed)
             if news is not None:
-                outputs.append(self._accept(request, news))
+                output = accept(request, news, self.counters)
+                if output.finish_reason is not None:
+                    self.finish(request.id, output.finish_reason)
+                outputs.append(output)
         return outputs
-
-    def _accept(self, request: Request, news: ChunkResult) -> Output:
-        token_id, tokens = news.token_id, request.tokens
-        output = Output(request.id, token_id, news.logprobs, news.prompt_logprobs, embedding=news.embedding)
-        if news.error is not None:
-            output.error = news.error
-            output.finish_reason = "error"
-        elif token_id is not None:
-            tokens.append(token_id)
-            self.counters.generation_tokens += 1
-            if len(tokens) == request.prompt_len + 1:
-                self.counters.prompt_tokens += request.prompt_len
-            if token_id in request.stop_ids and request.num_outputs > request.params.min_tokens:
-                output.finish_reason, output.stop_token = "stop", token_id
-            elif news.ended:
-                output.finish_reason = "stop"
-            elif len(tokens) >= request.max_total_tokens:
-                output.finish_reason = "length"
-        elif news.embedding is not None:
-            self.counters.prompt_tokens += request.prompt_len
-            output.finish_reason = "stop"
-        if request.progress_due or output.finish_reason is not None:
-            request.progress_due = False
-            output.progress = request.progress
-        if output.finish_reason is not None:
-            self.finish(request.id, output.finish_reason)
-        return output
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A batch in the making."""
-
-    budget: int
-    max_seqs: int
-    chunks: list[Chunk] = field(default_factory=list)
-    added: list[Added] = field(default_factory=list)
-    prefill: bool | None = None  # phase of the first request planned
-    blocked_from: tuple[int, int] | None = None  # a request of this key waits for blocks: none behind it goes
-    admission_closed: bool = False
-
-    @property
-    def full(self) -> bool:
-        return self.budget <= 0 or len(self.chunks) >= self.max_seqs
-
-
-def check_priority(priority: object) -> None:
-    """InvalidRequestError unless it is a number that the order of requests is made for."""
-    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MAX_PRIORITY:
-        raise InvalidRequestError(f"priority must be a whole number within ±2^31, got {priority!r}")
-
-
-def check_prompt_len(prompt_len: int, max_model_len: int, max_tokens_per_request: int) -> None:
-    """InvalidRequestError for a prompt that leaves no room for an answer, and says which limit it meets (tokens)."""
-    if prompt_len == 0:
-        raise InvalidRequestError("the prompt is empty: send at least one token")
-    if prompt_len >= max_tokens_per_request:
-        context = max_tokens_per_request == max_model_len
-        which, option = ("context", "max_model_len") if context else ("whole KV cache", "kv_cache_bytes")
-        raise InvalidRequestError(
-            f"the prompt has {prompt_len} tokens and the {which} holds {max_tokens_per_request}, of which one is for "
-            f"the answer: shorten the prompt or raise {option}"
-        )
 
 
 def _key(request: Request) -> tuple[int, int]:

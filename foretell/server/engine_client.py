@@ -17,9 +17,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from foretell.assembly import EngineOptions
+from foretell.core.checks import check_priority, check_prompt_len
 from foretell.core.messages import Output
 from foretell.core.params import SamplingParams
-from foretell.core.scheduler import check_priority, check_prompt_len
 from foretell.cost.operations import kv_bytes
 from foretell.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
 from foretell.prompts import Prompt, PromptPreparer
