@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from foretell.assembly import EngineOptions, scheduler_config
 from foretell.core.engine import Engine
 from foretell.executor.instant import InstantRunner
 from foretell.executor.local import LocalExecutor
+from foretell.options import EngineOptions, scheduler_config
 from foretell.server import wire
 from foretell.server.engine_process import OnPhase, serve
 

@@ -100,8 +100,9 @@ def virtual_subject(options: EngineOptions) -> Subject:
     """The same without loading weights: the cache gets what a real engine would be given here and now."""
     import torch
 
-    from foretell.assembly import default_kv_bytes, scheduler_config
+    from foretell.memory import default_kv_bytes
     from foretell.model.load import resolve_dtype, spec_for
+    from foretell.options import scheduler_config
     from foretell.store import resolve
     from foretell.worker.kv import plan_blocks
 

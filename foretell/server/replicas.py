@@ -14,9 +14,10 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foretell.assembly import EngineOptions, default_kv_bytes
+from foretell.assembly import EngineOptions
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError, InvalidRequestError, OverloadedError, UnavailableError
+from foretell.memory import default_kv_bytes
 from foretell.server.engine_client import EngineClient
 from foretell.server.supervisor import ENGINE_COMMAND, Watch
 from foretell.server.text_engine import EngineAbout

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from foretell.assembly import EngineOptions, resolve_device, scheduler_config
 from foretell.errors import ConfigError
+from foretell.options import EngineOptions, resolve_device, scheduler_config
 from foretell.worker.ledger import MemoryLedger
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from foretell.assembly import EngineOptions, scheduler_config
 from foretell.errors import ConfigError
+from foretell.options import EngineOptions, scheduler_config
 
 
 def test_sequences_beyond_the_token_budget_are_refused_only_if_asked_for() -> None:
@@ -24,6 +24,9 @@ def test_sequences_beyond_the_token_budget_are_refused_only_if_asked_for() -> No
         {"model": ""}, {"dtype": "int8"}, {"load_format": "pickle"}, {"max_num_seqs": 0}, {"max_num_seqs": 1.5},
         {"max_num_batched_tokens": 0}, {"block_size": -1}, {"starvation_turns": 0}, {"max_model_len": 0},
         {"kv_cache_bytes": -5}, {"num_threads": 0}, {"max_chunk_tokens": -1}, {"watermark": 1.0}, {"watermark": -0.1},
+        {"watermark": float("nan")}, {"watermark": "1%"}, {"memory_share": None}, {"memory_share": 0}, {"seed": None},
+        {"seed": 2**64}, {"block_size": True}, {"max_chunk_tokens": 2.5}, {"num_threads": 10**6}, {"policy": "best"},
+        {"enable_prefix_caching": "no"}, {"batch_invariant": None}, {"device": "tpu"}, {"tp": 0},
     ],
     ids=str,
 )  # fmt: skip
