@@ -49,6 +49,8 @@ class EngineLoop:
         done: Future[Any] = Future()
 
         def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # who asked has left
             try:
                 done.set_result(function(self.engine))
             except Exception as error:
@@ -128,7 +130,11 @@ class LocalPort:
 
 
 def params_of_output(params: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of one of ``n`` outputs: each has a seed of its own, the first one the request's."""
-    if not index or params.seed is None:
-        return params
-    return replace(params, seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**64)
+    """The parameters of one of ``n`` outputs: each has a seed of its own, the first one the request's. The prompt's
+    log-probabilities are asked for once."""
+    changes: dict[str, Any] = {}
+    if index and params.seed is not None:
+        changes["seed"] = (params.seed + index * 0x9E3779B97F4A7C15) % 2**64
+    if index and params.prompt_logprobs is not None:
+        changes["prompt_logprobs"] = None
+    return replace(params, **changes) if changes else params

@@ -179,6 +179,8 @@ class LLM:
     ) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * len(items)
+        if not isinstance(params, Sequence) or not all(isinstance(own, SamplingParams) for own in params):
+            raise InvalidRequestError("params must be SamplingParams, or a list with one for each prompt")
         if len(params) != len(items):
             raise InvalidRequestError(
                 f"{len(items)} prompts but {len(params)} sampling parameters: give one for each"
@@ -214,7 +216,7 @@ class LLM:
                     if update.output.finished and update.output.request_id in open_ids:
                         open_ids.remove(update.output.request_id)
                         if bar is not None:
-                            bar(len(update.output.outputs[0].token_ids))
+                            bar(sum(len(completion.token_ids) for completion in update.output.outputs))
         except BaseException:  # Ctrl-C included: nothing goes on behind the caller's back
             for tracker in trackers:
                 if not tracker.output.finished:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,9 @@ class PromptPreparer:
         self._seeds = Random(seed)
 
     def token_ids(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
-        """Raises InvalidRequestError for an empty prompt, ids outside the vocabulary, or text without a tokenizer."""
+        """Raises InvalidRequestError for an empty prompt, ids outside the vocabulary, text without a tokenizer, and
+        what is neither text nor ids."""
+        _check_kind(prompt)
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequestError("this model has no tokenizer: give the prompt as a list of token ids")
@@ -78,14 +80,20 @@ def _bad_id(value: object) -> int:
     raise InvalidRequestError(f"a prompt is text or a list of token ids, got an element {value!r}")
 
 
+def _check_kind(prompt: object) -> None:
+    """Bytes, mappings and sets can be gone through as well, and would give some other prompt."""
+    if isinstance(prompt, (bytes, bytearray, memoryview, Mapping, Set)) or not hasattr(prompt, "__iter__"):
+        raise InvalidRequestError(f"a prompt is text or a list of token ids, got {type(prompt).__name__}")
+
+
 def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """(list of prompts, whether the caller gave just one). A flat list of integers is one prompt."""
     if isinstance(prompts, str):
         return [prompts], True
+    _check_kind(prompts)
     items: list[Any] = list(prompts)
     if items and all(_is_index(item) for item in items):
         return [items], True
     for item in items:
-        if not hasattr(item, "__iter__"):
-            raise InvalidRequestError(f"a prompt is text or a list of token ids, got {type(item).__name__}")
+        _check_kind(item)
     return items, False

@@ -107,9 +107,11 @@ class BlockManager:
     def find_cached(self, request: Request) -> int:
         """Tokens of the longest usable cached prefix: always whole blocks, and never the last known token,
         whose logits are still wanted. A sliding group needs only the blocks its window reaches back to."""
-        if not self.caching or request.params.reads_every_position:
+        if not self.caching:
             return 0
         self.update_hashes(request, len(request.tokens))
+        if request.params.reads_every_position:
+            return 0  # it computes all of it, and others may wait for what it computes
         hashes = request.hashes
         count = min(len(hashes), (len(request.tokens) - 1) // self.block_size)
         for pool, window in zip(self.pools, self.windows, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
@@ -77,9 +77,25 @@ class SamplingParams:
                 object.__setattr__(self, name, ())
         if self.logit_bias is None:
             object.__setattr__(self, "logit_bias", {})
+        self._check_kinds()
         self._check_numbers()
         self._check_lists()
         self._check_forms()
+
+    def _check_kinds(self) -> None:
+        for name in _FLAGS:
+            value = getattr(self, name)
+            _check(value is True or value is False, f"{name} is True or False, got {value!r}")
+        for name in _LISTS:
+            value = getattr(self, name)
+            if value is None and name == "allowed_token_ids":
+                continue
+            _check(
+                isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping)),
+                f"{name} must be a list, got {type(value).__name__}",
+            )
+        bias = self.logit_bias
+        _check(isinstance(bias, Mapping), f"logit_bias maps token ids to numbers, got {type(bias).__name__}")
 
     def _check_numbers(self) -> None:
         for name, low, high in _RANGES:
@@ -103,6 +119,10 @@ class SamplingParams:
             )
 
     def _check_lists(self) -> None:
+        _check(
+            self.detokenize or not self.stop,
+            "stop strings are found in text: leave detokenize on, or use stop_token_ids",
+        )
         _check(len(self.stop) <= MAX_STOPS, f"at most {MAX_STOPS} stop strings, got {len(self.stop)}")
         for text in (*self.stop, *self.bad_words):
             _check(
@@ -118,7 +138,10 @@ class SamplingParams:
             _check(_is_finite(bias) and abs(bias) <= 100, f"logit_bias values lie in [-100, 100], got {bias!r}")
         if self.allowed_token_ids is not None:
             _check(len(self.allowed_token_ids) > 0, "allowed_token_ids is empty: no token could be sampled")
-        _check(all(len(word) > 0 for word in self.bad_token_ids), "bad_token_ids holds an empty word")
+        _check(
+            all(isinstance(word, Sequence) and len(word) > 0 for word in self.bad_token_ids),
+            "bad_token_ids is a list of words, each a list of at least one token id",
+        )
         for token_id in (
             *self.stop_token_ids,
             *(i for word in self.bad_token_ids for i in word),
@@ -193,6 +216,8 @@ _RANGES = (
     ("frequency_penalty", -2.0, 2.0),
     ("repetition_penalty", 0.01, 100.0),  # what is smaller makes infinities of logits
 )
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize")
+_LISTS = ("stop", "bad_words", "bad_token_ids", "stop_token_ids", "allowed_token_ids", "eos_token_ids")
 _BIG = 2**31 - 1
 _INT_RANGES = (
     ("n", 1, MAX_N),

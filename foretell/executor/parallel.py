@@ -8,7 +8,6 @@ others are ended, and ``wait`` raises ``RankError``: the engine stops, and a ser
 from __future__ import annotations
 
 import math
-import os
 import select
 import selectors
 import shutil
@@ -93,11 +92,12 @@ class ParallelExecutor:
         )
         self._results: deque[Result] = deque()
         self._sent: dict[int, tuple[float, int]] = {}  # batches in flight: when they were sent, their tokens
-        self._tokens: dict[int, list[int]] = {}  # by request: sampled and not yet sent to the ranks that did not
+        # by request that the ranks know: tokens sampled and not yet sent to those that did not sample them
+        self._tokens: dict[int, list[int]] = {}
         self._slowest = 0.0
-        self._wake_in, self._wake_out = os.pipe()
-        os.set_blocking(self._wake_in, False)
-        os.set_blocking(self._wake_out, False)
+        self._wake_in, self._wake_out = socket.socketpair()  # a closed one knows that it is: another thread may wake
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
         self._folder = Path(tempfile.mkdtemp(prefix="foretell-ranks-"))
@@ -154,8 +154,9 @@ class ParallelExecutor:
         for request_id in batch.removed:
             self._tokens.pop(request_id, None)
         for added in batch.added:  # it brings its tokens along
-            self._tokens.pop(added.request_id, None)
-        tokens = {c.request_id: self._tokens.pop(c.request_id) for c in batch.chunks if c.request_id in self._tokens}
+            self._tokens[added.request_id] = []
+        tokens = {c.request_id: new for c in batch.chunks if (new := self._tokens[c.request_id])}
+        self._tokens.update((request_id, []) for request_id in tokens)
         self._sent[batch.id] = (self.now, batch.num_tokens)
         step = Step(batch, tokens)
         for rank in self.ranks:
@@ -175,7 +176,7 @@ class ParallelExecutor:
 
     def wake(self) -> None:
         with suppress(OSError):  # full: it is awake; closed: there is nobody
-            os.write(self._wake_out, b"w")
+            self._wake_out.send(b"w")
 
     def close(self) -> None:
         """End all ranks. Safe to call twice."""
@@ -194,8 +195,8 @@ class ParallelExecutor:
         self._selector.close()
         for rank in self.ranks:
             rank.channel.close()
-        os.close(self._wake_in)
-        os.close(self._wake_out)
+        self._wake_in.close()
+        self._wake_out.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # -- listening ----------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ class ParallelExecutor:
         for key, _ in self._selector.select(timeout):
             if key.data is None:
                 with suppress(BlockingIOError):
-                    os.read(self._wake_in, 1 << 16)
+                    self._wake_in.recv(1 << 16)
                 woken = True
             else:
                 self._listen(key.data)
@@ -237,8 +238,8 @@ class ParallelExecutor:
                 sent, _ = self._sent.pop(batch_id)
                 self._slowest = max(self._slowest, finished - sent)
                 for result in results:
-                    if result.token_id is not None:
-                        self._tokens.setdefault(result.request_id, []).append(result.token_id)
+                    if result.token_id is not None and result.request_id in self._tokens:
+                        self._tokens[result.request_id].append(result.token_id)
                 self._results.append(Result(batch_id, results, started, finished, parts))
 
     def _look_after(self) -> None:

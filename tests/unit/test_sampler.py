@@ -220,6 +220,9 @@ def test_rows_that_cannot_be_sampled_fail_alone() -> None:
         {"prompt_logprobs": -3}, {"logit_bias": {3: math.nan}}, {"logit_bias": {-1: 1.0}}, {"stop": [""]},
         {"stop": [3]}, {"stop": ["a"] * 1000}, {"allowed_token_ids": []}, {"allowed_token_ids": [-4]},
         {"stop_token_ids": [1.5]}, {"seed": 1.5}, {"bad_words": [""]},
+        {"stop": 5}, {"stop": {"a": 1}}, {"stop": b"a"}, {"bad_words": 1.0}, {"stop_token_ids": 2},
+        {"allowed_token_ids": 7}, {"logit_bias": [1]}, {"bad_token_ids": [5]}, {"bad_token_ids": [[]]},
+        {"ignore_eos": "no"}, {"detokenize": None}, {"stop": ["a"], "detokenize": False},
     ],
     ids=str,
 )  # fmt: skip

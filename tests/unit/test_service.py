@@ -78,6 +78,23 @@ def test_a_failing_call_is_told_to_its_caller_alone(service: EngineService) -> N
     assert outcome(service).finish_reason == "length"
 
 
+def test_a_caller_that_stops_waiting_for_a_call_takes_nobody_along(service: EngineService) -> None:
+    entered, proceed = threading.Event(), threading.Event()
+
+    def hold(engine: Engine) -> None:
+        entered.set()
+        proceed.wait(20)
+
+    held = service.call(hold)
+    assert entered.wait(20)
+    left = service.call(lambda engine: engine.stats())
+    assert left.cancel()
+    assert not held.cancel(), "what runs already cannot be called off"
+    proceed.set()
+    assert held.result(20) is None
+    assert outcome(service).finish_reason == "length"
+
+
 def test_nothing_can_be_posted_once_the_inbox_has_been_emptied_for_good(service: EngineService) -> None:
     """A submit that finds the engine running must be served or told, however late its post arrives."""
     real, entered, proceed = service.loop._inbox, threading.Event(), threading.Event()
