@@ -124,6 +124,8 @@ def test_sampling_and_logprobs_are_those_of_one_process() -> None:
     for layout in ({}, {"tp": 2, "pp": 2}):
         with LLM(str(models.prepare(name)), **{**OPTIONS, **layout}) as llm:
             found.append(llm.generate(ids, params, progress=False))
+            if layout:
+                check_that_who_leaves_is_forgotten(llm)
     for one, many in zip(*found, strict=True):
         assert one.outputs[0].token_ids == many.outputs[0].token_ids
         assert one.prompt_logprobs is not None
@@ -133,6 +135,19 @@ def test_sampling_and_logprobs_are_those_of_one_process() -> None:
             assert b is not None
             assert a.token_id == b.token_id
             assert abs(a.logprob - b.logprob) < 1e-4
+
+
+def check_that_who_leaves_is_forgotten(llm: LLM) -> None:
+    """Also where a token of it comes back when the ranks have been told already that it is gone."""
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, detokenize=False)
+    for i in range(6):
+        streams = [llm.stream([5, i, j], params) for j in range(4)]
+        for stream in streams:
+            next(stream)
+        for stream in streams:
+            stream.close()  # type: ignore[attr-defined]
+    llm.generate([5, 6], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False))
+    assert len(llm.assembly.engine.executor._tokens) <= 1  # type: ignore[attr-defined]
 
 
 def test_dummy_weights_do_not_depend_on_the_layout(tmp_path: Any) -> None:
