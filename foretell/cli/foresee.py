@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from foretell.cost.profile import Profile
 
 ProfileFile = Annotated[
-    Path | None, typer.Option("--profile", "-p", help="The calibration; by default the model's own on this machine.")
+    Path | None, typer.Option("--profile", "-p", help="Where to keep it; by default with the other calibrations.")
+]
+ProfileName = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        "-p",
+        metavar="FILE|NAME",
+        help="A calibration's file, or a device: cpu, h200, h100, l4, analytic:h200 …; "
+        "by default the model's own on this machine.",
+    ),
 ]
 
 
@@ -27,9 +37,11 @@ def calibrate(
     load_format: o.Format = "auto",
     threads: o.Threads = None,
     kernels: o.KernelsName = "auto",
+    device: o.Device = "auto",
+    memory_share: o.MemoryShare = 0.9,
     no_network: o.Offline = False,
 ) -> None:
-    """Measure this model on this machine, two minutes long, and keep the profile.
+    """Measure this model on this machine, a few minutes long, and keep the profile.
 
     Linear layers, head, decode and prefill attention are measured apart, by what their time depends on: the number
     of tokens for the first two, what they look back on for the others. Steps that were not used say how good it is.
@@ -38,18 +50,20 @@ def calibrate(
 
       foretell calibrate
       foretell calibrate gemma3-270m --profile gemma.json
+      foretell calibrate ./config-folder --load-format dummy --device cuda
     """
     from foretell.cli.session import open_model
     from foretell.cost.calibrate import calibrate as measure
+    from foretell.cost.named import own_path
     from foretell.progress import points_bar
 
     with open_model(
         model, dtype=dtype, load_format=load_format, num_threads=threads, kernels=kernels,
-        offline=no_network or None, enable_prefix_caching=False, device="cpu",
+        offline=no_network or None, enable_prefix_caching=False, device=device, memory_share=memory_share,
     ) as llm:  # fmt: skip
         with points_bar("calibrating") as report:
             profile = measure(llm, report)
-        path = output or default_path(profile.model)
+        path = output or own_path(profile.model)
         profile.save(path)
     say_profile(profile)
     print(f"kept in {path}")
@@ -79,7 +93,7 @@ def say_profile(profile: Profile) -> None:
 
 def simulate(
     model: b.Model = DEFAULT_MODEL,
-    profile: ProfileFile = None,
+    profile: ProfileName = None,
     workload: b.Workload = None,
     trace: b.Trace = None,
     trace_format: b.TraceFormat = "auto",
@@ -123,7 +137,7 @@ def simulate(
     from foretell.benchmark.commands import Asked, finish, with_rate
     from foretell.benchmark.setup import virtual_subject
     from foretell.benchmark.traffic import Arrivals, Traffic
-    from foretell.cost.profile import Profile as Calibration
+    from foretell.cost.named import open_profile
     from foretell.trace import Objectives
 
     traffic = Traffic(
@@ -140,8 +154,7 @@ def simulate(
         Asked(model, options, traffic, 1, json_file), Arrivals(rate, burstiness, time_scale, duration)
     )
     subject = virtual_subject(EngineOptions(model=model, **asked.engine_options()))
-    found = Calibration.load(profile or default_path(subject.name))
-    found.check_fits(subject.spec)
+    found = open_profile(profile, subject.spec, model=subject.name, dtype=subject.dtype)
     built = arrivals.apply(asked.traffic.build(subject.spec.vocab_size, None), asked.traffic.seed)
     subject.check(built)
     policies: tuple[PolicyName, ...] = get_args(PolicyName) if compare_policies else (policy,)
@@ -150,11 +163,3 @@ def simulate(
         found, built, subject.config, subject.num_blocks, policies=policies, objectives=objectives, say=print
     )
     finish(result, json_file)
-
-
-def default_path(model: str) -> Path:
-    """Where a model's calibration on this machine is kept."""
-    from foretell.store.cache import cache_home
-
-    name = "".join(c if c.isalnum() or c in "-._" else "-" for c in model)
-    return cache_home() / "profiles" / f"{name}.json"

@@ -8,298 +8,234 @@ for prefill attention. What a component takes is the difference to the step with
 from __future__ import annotations
 
 import platform
-import random
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from foretell.core.messages import Added, Batch, Chunk
 from foretell.core.params import SamplingParams
+from foretell.cost.devices import DEVICES
 from foretell.cost.floor import ChunkShape
 from foretell.cost.grid import Curve, Surface
+from foretell.cost.heldout import with_held_out
 from foretell.cost.profile import Profile, attended
-from foretell.cost.step import StepCost
+from foretell.cost.stepping import PIECE, Shape, StepBench, decodes, pieces, rows
 from foretell.errors import ConfigError
-from foretell.executor.local import LocalExecutor
-from foretell.trace.metrics import percentile
 
 if TYPE_CHECKING:
     from foretell.llm import LLM
-    from foretell.worker.runner import ModelRunner
-
-PIECE = 16  # tokens of each sequence where attention shall not count
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-DECODE = tuple((n, keys) for n in (1, 4, 16, 64) for keys in (64, 512, 2048, 8192))
-PREFILL = tuple((length, start) for length in (32, 128, 512, 2048) for start in (0, 512, 2048, 8192))
-HELD_OUT = 24
-FIRST_ID = 1 << 40  # no request of the engine has such an id
-POINT_SECONDS, FEWEST, MOST = 0.25, 3, 60  # spent on one point, and between how many runs
-LONGEST_SECONDS = 4.0  # a point that one run takes longer for is left out
 
 Report = Callable[[int, int, str], None]  # points done, points in all, what is being measured
-Shape = tuple[ChunkShape, ...]
+Pairs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One kind of step: its median, and the step it was."""
+class Grid:
+    """Where to measure: tokens of a step, sampled rows, (sequences, keys of each), (chunk, tokens before it)."""
 
-    shape: Shape
-    seconds: float
+    tokens: tuple[int, ...]
+    rows: tuple[int, ...]
+    decode: Pairs
+    prefill: Pairs
+    host: tuple[int, ...]
+    held_out: int
 
-
-class Bench:
-    """Runs steps of given shapes on a worker, whose cache it fills with numbers first."""
-
-    def __init__(self, llm: LLM) -> None:
-        executor = llm.assembly.engine.executor
-        if not isinstance(executor, LocalExecutor):
-            raise ConfigError("calibrate measures an engine of one process on the CPU so far")
-        if llm.assembly.engine.has_work or llm.assembly.engine.scheduler.blocks.caching:
-            raise ConfigError("calibrate overwrites the KV cache: it wants an idle engine without a prefix cache")
-        self.runner: ModelRunner = executor.runner
-        self.num_blocks = executor.num_blocks
-        self.block_size = llm.assembly.options.block_size
-        self.spec = llm.spec
-        self.max_len = llm.assembly.max_model_len
-        self._next_id = FIRST_ID
-
-    def fits(self, shape: Shape) -> bool:
-        windows = [group.window for group in self.spec.kv_groups]
-        enough = all(
-            sum(len(held) for _, held in (self._held(chunk, window) for chunk in shape)) <= blocks
-            for window, blocks in zip(windows, self.num_blocks, strict=True)
-        )
-        return enough and all(c.start + c.length <= self.max_len for c in shape)
-
-    def _held(self, chunk: ChunkShape, window: int | None) -> tuple[int, range]:
-        """(blocks that have fallen out of the window, logical blocks that are held)."""
-        first = 0 if window is None else max(0, chunk.start - window + 1) // self.block_size
-        return first, range(first, -(-(chunk.start + chunk.length) // self.block_size))
-
-    def fill_cache(self) -> None:
-        """Pages that were never written are all one page of zeros, and far too quick to read."""
-        for layer in self.runner.kv:
-            layer.k.uniform_(-1, 1)
-            layer.v.uniform_(-1, 1)
-
-    def seconds(self, shape: Shape) -> float | None:
-        """Median of a step of this shape; None if it does not fit or takes too long."""
-        found = self.side_by_side(shape)
-        return None if found is None else found[0]
-
-    def beyond(self, shape: Shape, base: Shape) -> float | None:
-        """What a step takes more than another, the two measured in turn: whatever slows the machine meets both."""
-        found = self.side_by_side(shape, base)
-        return None if found is None else max(0.0, found[0] - found[1])
-
-    def side_by_side(self, *shapes: Shape) -> list[float] | None:
-        """Medians of steps of these shapes, run in turn (A B A B …)."""
-        if not all(self.fits(shape) for shape in shapes):
-            return None
-        again = []
-        try:
-            for shape in shapes:
-                first, batch = self._batches(shape)
-                again.append((batch, shape))
-                if self._timed(first) > LONGEST_SECONDS:
-                    return None
-            times: list[list[float]] = [[] for _ in shapes]
-            while len(times[0]) < FEWEST or (sum(map(sum, times)) < POINT_SECONDS and len(times[0]) < MOST):
-                for own, (batch, _) in zip(times, again, strict=True):
-                    own.append(self._timed(batch))
-            return [statistics.median(own) for own in times]
-        finally:
-            self.runner.states = {i: state for i, state in self.runner.states.items() if i < FIRST_ID}
-
-    def _timed(self, batch: Batch) -> float:
-        started = time.perf_counter()
-        self.runner.execute(batch)
-        return time.perf_counter() - started
-
-    def _batches(self, shape: Shape) -> tuple[Batch, Batch]:
-        """The same step twice: once with all blocks, once as a step among others."""
-        added, first, again = [], [], []
-        taken = [0] * len(self.num_blocks)
-        for index, chunk in enumerate(shape):
-            end = chunk.start + chunk.length
-            tables = []
-            for number, group in enumerate(self.spec.kv_groups):
-                dropped, held = self._held(chunk, group.window)
-                begin = taken[number]
-                taken[number] += len(held)
-                tables.append((*[-1] * dropped, *range(begin, taken[number])))
-            request_id, blocks = self._next_id + index, tuple(tables)
-            tokens = [(17 * i + index) % self.spec.vocab_size for i in range(end)]
-            added.append(Added(request_id, SamplingParams(temperature=0, ignore_eos=True), tokens, []))
-            first.append(Chunk(request_id, chunk.start, chunk.length, blocks, chunk.sample))
-            again.append(replace(first[-1], new_block_ids=((),) * len(self.num_blocks)))
-        self._next_id += len(shape)
-        return Batch(-1, first, added), Batch(-1, again)
+    @property
+    def points(self) -> int:
+        return len(self.tokens) + len(self.rows) + len(self.decode) + len(self.prefill)
 
 
-def pieces(tokens: int, *, sample: bool = False) -> Shape:
-    """So many tokens with next to no past, in as few sequences as that allows."""
-    whole, rest = divmod(tokens, PIECE)
-    lengths = [PIECE] * whole + ([rest] if rest else [])
-    return tuple(ChunkShape(0, length, sample) for length in lengths)
+CPU_GRID = Grid(
+    tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
+    rows=(1, 2, 4, 8, 16, 32, 64),
+    decode=tuple((n, keys) for n in (1, 4, 16, 64) for keys in (64, 512, 2048, 8192)),
+    prefill=tuple((length, start) for length in (32, 128, 512, 2048) for start in (0, 512, 2048, 8192)),
+    host=(1, 8, 32),
+    held_out=60,
+)
+DEVICE_GRID = Grid(
+    tokens=(32, 64, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192),
+    rows=(1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256),
+    decode=tuple((n, keys) for n in (1, 8, 32, 128, 256) for keys in (64, 512, 2048, 8192, 16384)),
+    prefill=tuple((length, start) for length in (64, 256, 1024, 4096, 8192) for start in (0, 512, 4096)),
+    host=(1, 8, 32, 128, 256),
+    held_out=60,
+)
 
 
-def rows(count: int, *, sample: bool) -> Shape:
-    return tuple(ChunkShape(0, 1, sample) for _ in range(count))
-
-
-def calibrate(llm: LLM, report: Report = lambda done, total, what: None) -> Profile:
-    """About two minutes. Runs in the engine's own thread; the engine serves nobody meanwhile."""
+def calibrate(llm: LLM, report: Report = lambda done, total, what: None, grid: Grid | None = None) -> Profile:
+    """About three minutes. Runs in the engine's own thread; the engine serves nobody meanwhile."""
+    bench = StepBench(llm)
+    grid = grid or (CPU_GRID if bench.device is None else DEVICE_GRID)
+    measuring = _Measuring(bench, grid, lambda done, what: report(done, grid.points + grid.held_out, what))
     result: list[Profile] = []
-    llm.service.call(lambda engine: result.append(_measure(llm, Bench(llm), report))).result()
-    host = host_curve(llm)
-    return _with_held_out(llm, replace(result[0], host=host), report)
+    llm.service.call(lambda engine: result.append(measuring.profile(llm))).result()
+    most = max(n for n, _ in grid.decode)
+    profile = with_held_out(
+        llm, result[0], grid.held_out, most,
+        lambda done, what: report(grid.points + done, grid.points + grid.held_out, what),
+    )  # fmt: skip
+    return replace(profile, host=host_curve(llm, grid.host))
 
 
-def _measure(llm: LLM, bench: Bench, report: Report) -> Profile:
-    bench.fill_cache()
-    points = len(TOKENS) + len(ROWS) + len(DECODE) + len(PREFILL)
-    done = 0
+class _Measuring:
+    """The grid, component by component, in the engine's thread."""
 
-    def report_next(what: str) -> None:
-        nonlocal done
-        report(done, points + HELD_OUT, what)
-        done += 1
+    def __init__(self, bench: StepBench, grid: Grid, report: Callable[[int, str], None]) -> None:
+        self.bench = bench
+        self.grid = grid
+        self._report = report
+        self._done = 0
 
-    groups, layers = bench.spec.kv_groups, bench.spec.num_layers
-    config = llm.assembly.engine.scheduler.config
-    limit = config.max_num_batched_tokens
-    linear_points, head_points, decode_points, prefill_points = [], [], [], []
-    for tokens in TOKENS:
-        report_next("linear layers")
-        if tokens <= limit and (seconds := bench.seconds(_plain(tokens))) is not None:
-            linear_points.append((float(tokens), seconds))
-    for count in ROWS:
-        report_next("head and sampling")
-        seconds = bench.beyond(rows(count, sample=True), rows(count, sample=False))
-        if seconds is not None:
-            head_points.append((float(count), seconds))
-    for count, keys in DECODE:
-        report_next("decode attention")
-        seconds = bench.beyond(_decode(count, keys), rows(count, sample=True))
-        if seconds is not None:
-            pairs = count * (attended(groups, layers, keys - 1, 1) - 1)
-            decode_points.append((float(count), pairs / count + 1, seconds / pairs))
-    for length, start in PREFILL:
-        report_next("prefill attention")
-        base = pieces(length)
-        seconds = bench.beyond((ChunkShape(start, length, False),), base) if PIECE < length <= limit else None
-        if seconds is not None:
-            pairs = attended(groups, layers, start, length) - sum(attended(groups, layers, 0, c.length) for c in base)
-            prefill_points.append((float(length), float(start + length), seconds / pairs))
-    if not (linear_points and head_points and decode_points and prefill_points):
-        raise ConfigError("nothing could be measured: the KV cache is too small, raise kv_cache_bytes")
-    return Profile(
-        model=llm.assembly.files.name,
-        spec=bench.spec,
-        dtype=llm.assembly.dtype,
-        weight_format=llm.assembly.weight_format,
-        kernels=llm.assembly.kernels,
-        hardware=machine_name(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={name: version(name) for name in ("foretell", "torch")},
-        block_size=bench.block_size,
-        linear=Curve.of(linear_points),
-        head=Curve.of(head_points),
-        host=Curve.of([(1.0, 0.0)]),
-        decode_rate=Surface.of(decode_points),
-        prefill_rate=Surface.of(prefill_points),
-        low=1.0,
-        high=1.0,
-        median_error=0.0,
-        held_out=[],
-    )
+    def profile(self, llm: LLM) -> Profile:
+        bench = self.bench
+        bench.fill_cache()
+        head = self.head()
+        own_linear = self.decode_linear(head) if bench.device is not None else None
+        linear, decode, prefill = self.linear(head), self.decode(), self.prefill()
+        if not (linear and head.x and decode and prefill):
+            raise ConfigError("nothing could be measured: the KV cache is too small, raise kv_cache_bytes")
+        graphs = getattr(bench.device, "graphs", None)
+        return Profile(
+            model=llm.assembly.files.name,
+            spec=bench.spec,
+            dtype=llm.assembly.dtype,
+            weight_format=llm.assembly.weight_format,
+            kernels=llm.assembly.kernels,
+            hardware=machine_name(llm.assembly.device),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={name: version(name) for name in ("foretell", "torch")},
+            block_size=bench.block_size,
+            linear=Curve.of(linear),
+            head=head,
+            host=Curve.of([(1.0, 0.0)]),
+            decode_rate=Surface.of(decode),
+            prefill_rate=Surface.of(prefill),
+            low=1.0,
+            high=1.0,
+            median_error=0.0,
+            held_out=[],
+            device=device_key(llm.assembly.device),
+            overlaps=bench.device is not None,
+            decode_linear=own_linear,
+            graph_sizes=tuple(getattr(graphs, "sizes", ())),
+            eager_seconds=statistics.median(bench.launches) if graphs and bench.launches else 0.0,
+        )
+
+    def _each(self, what: str, points: tuple[int, ...]) -> Iterator[int]:
+        for point in points:
+            self._report(self._done, what)
+            self._done += 1
+            yield point
+
+    def head(self) -> Curve:
+        """The head and sampling by rows; alone on a device, where no step goes without."""
+        points = []
+        for count in self._each("head and sampling", self.grid.rows):
+            if self.bench.device is not None:
+                seconds = self.bench.head_seconds(count)
+            else:
+                seconds = self.bench.beyond(rows(count, sample=True), rows(count, sample=False))
+            if seconds is not None:
+                points.append((float(count), seconds))
+        return Curve.of(points)
+
+    def linear(self, head: Curve) -> list[tuple[float, float]]:
+        """Everything that sees each token alone, by tokens."""
+        points, most_rows = [], self.grid.rows[-1]
+        for tokens in self._each("linear layers", self.grid.tokens):
+            if tokens > self.bench.max_tokens:
+                continue
+            if self.bench.device is None:  # as the tokens of a decode step up to its usual size, then of prompts
+                shape = rows(tokens, sample=False) if tokens <= most_rows else pieces(tokens)
+                extra = 0.0
+            else:
+                shape = self.bench.pieces(tokens)
+                extra = head(len(shape))
+            if (seconds := self.bench.seconds(shape)) is not None:
+                points.append((float(tokens), max(0.0, seconds - extra)))
+        return points
+
+    def decode_linear(self, head: Curve) -> Curve | None:
+        """The same for decode steps on a device, at the sizes that graphs have."""
+        found = {count: self.bench.seconds(rows(count, sample=True)) for count in self.grid.rows}
+        points = [(float(n), max(0.0, seconds - head(n))) for n, seconds in found.items() if seconds is not None]
+        return Curve.of(points) if points else None
+
+    def decode(self) -> list[tuple[float, float, float]]:
+        """(sequences, keys of each, seconds per query-key pair)."""
+        points = []
+        for count, keys in self._each_pair("decode attention", self.grid.decode):
+            seconds = self.bench.beyond(decodes(count, keys), rows(count, sample=True))
+            if seconds is not None:
+                pairs = count * (self._attended(keys - 1, 1) - 1)
+                points.append((float(count), pairs / count + 1, seconds / pairs))
+        return points
+
+    def prefill(self) -> list[tuple[float, float, float]]:
+        """(query tokens, keys at their end, seconds per query-key pair)."""
+        points = []
+        for length, start in self._each_pair("prefill attention", self.grid.prefill):
+            base: Shape = self.bench.pieces(length)
+            if not PIECE < length <= self.bench.max_tokens or len(base) < 2:
+                continue
+            seconds = self.bench.beyond((ChunkShape(start, length, False),), base)
+            if seconds is not None:
+                pairs = self._attended(start, length) - sum(self._attended(0, c.length) for c in base)
+                points.append((float(length), float(start + length), seconds / pairs))
+        return points
+
+    def _each_pair(self, what: str, points: Pairs) -> Iterator[tuple[int, int]]:
+        for index in self._each(what, tuple(range(len(points)))):
+            yield points[index]
+
+    def _attended(self, start: int, length: int) -> float:
+        return attended(self.bench.spec.kv_groups, self.bench.spec.num_layers, start, length)
 
 
-def _decode(count: int, keys: int) -> Shape:
-    """So many sequences that get one token each, which sees so many keys."""
-    return tuple(ChunkShape(keys - 1, 1) for _ in range(count))
-
-
-def _plain(tokens: int) -> Shape:
-    """As the tokens of a decode step up to its usual size, then as pieces of prompts."""
-    return rows(tokens, sample=False) if tokens <= ROWS[-1] else pieces(tokens)
-
-
-def host_curve(llm: LLM) -> Curve:
-    """Seconds between two steps, in which the engine plans and texts are made, by the number of sequences."""
+def host_curve(llm: LLM, counts: tuple[int, ...]) -> Curve:
+    """The engine's own seconds per step by the number of sequences: between two steps, where planning and making text
+    happen; where they hide behind the device, all that the CPU does from one step to the next but wait."""
     from foretell.benchmark.steps import step_records
 
     points = []
-    for count in (1, 8, 32):
+    for count in counts:
         if count > llm.assembly.engine.scheduler.config.max_num_seqs:
             continue
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
         prompts = [[(7 * i + j) % llm.spec.vocab_size for j in range(8)] for i in range(count)]
         with step_records(llm) as records:
             llm.generate(prompts, params, progress=False)
-        full = [r for r in records if len(r["chunks"]) == count]
-        gaps = [b["started"] - a["finished"] for a, b in pairwise(full)]
+        full = [r for r in records if len(r["chunks"]) == count and r["tokens"] == count]
+        if llm.assembly.device == "cuda":
+            gaps = [b["finished"] - a["finished"] - b["parts"].get("wait", 0.0) for a, b in pairwise(full)]
+        else:
+            gaps = [b["started"] - a["finished"] for a, b in pairwise(full)]
         if gaps:
-            points.append((float(count), statistics.median(gaps)))
+            points.append((float(count), max(0.0, statistics.median(gaps))))
     return Curve.of(points or [(1.0, 0.0)])
 
 
-def _with_held_out(llm: LLM, profile: Profile, report: Report) -> Profile:
-    """Random mixed steps that no point was made for: how far the prediction is from them is the interval."""
-    bench, cost = Bench(llm), StepCost(replace(profile, host=Curve.of([(1.0, 0.0)])))
-    found: list[dict[str, Any]] = []
-    total = len(TOKENS) + len(ROWS) + len(DECODE) + len(PREFILL) + HELD_OUT
+def machine_name(device: str = "cpu") -> str:
+    """The processor or device, as its maker calls it."""
+    if device == "cuda":
+        import torch
 
-    def run(engine: object) -> None:
-        for number, shape in enumerate(random_shapes(llm, HELD_OUT)):
-            report(total - HELD_OUT + number, total, "steps held out")
-            seconds = bench.seconds(shape)
-            if seconds is not None:
-                predicted = cost.estimate(shape).seconds
-                found.append({"tokens": sum(c.length for c in shape), "sequences": len(shape),
-                              "predicted": predicted, "measured": seconds})  # fmt: skip
-
-    llm.service.call(run).result()
-    ratios = sorted(item["measured"] / item["predicted"] for item in found)
-    if not ratios:
-        return profile
-    return replace(
-        profile,
-        low=min(1.0, percentile(ratios, 5)),
-        high=max(1.0, percentile(ratios, 95)),
-        median_error=statistics.median(abs(1 - 1 / ratio) for ratio in ratios),
-        held_out=found,
-    )
-
-
-def random_shapes(llm: LLM, count: int, seed: int = 1) -> Iterator[Shape]:
-    """Decodes of random pasts, prompt chunks, and both together, as an engine meets them."""
-    rng = random.Random(seed)
-    config, longest = llm.assembly.engine.scheduler.config, min(llm.assembly.max_model_len - 1, 4096)
-    most = min(config.max_num_seqs, ROWS[-1])
-    for number in range(count):
-        decodes = rng.randrange(1, most + 1) if number % 3 != 1 else 0
-        reach = rng.randrange(32, longest)
-        shape = [ChunkShape(rng.randrange(1, reach), 1) for _ in range(decodes)]
-        if number % 3:
-            length = rng.randrange(8, min(1024, config.max_num_batched_tokens, longest) - decodes)
-            shape.append(ChunkShape(rng.choice((0, rng.randrange(longest - length + 1))), length, rng.random() < 0.5))
-        yield tuple(shape)
-
-
-def machine_name() -> str:
-    """The processor, as its maker calls it."""
+        return torch.cuda.get_device_name()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []
     return f"{names[0] if names else platform.processor() or platform.machine()}, {len(names) or 1} threads"
+
+
+def device_key(device: str) -> str:
+    """Which of ``DEVICES`` this is; "" for none of them."""
+    if device != "cuda":
+        return ""
+    name = machine_name(device).lower()
+    return next((key for key in sorted(DEVICES, key=len, reverse=True) if key in name.replace(" ", "")), "")

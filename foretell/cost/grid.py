@@ -8,6 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foretell.errors import ConfigError
+
+FARTHEST = 3.0  # doublings beyond the last measured point: farther than eight times it, nothing is said
+
+
+class BeyondProfileError(ConfigError):
+    """A step so far outside what was measured that a figure would be invented."""
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -26,6 +34,14 @@ class Curve:
 
     def holds(self, x: float) -> bool:
         return self.x[0] <= x <= self.x[-1]
+
+    def excess(self, x: float) -> float:
+        """Doublings beyond the last point; 0 within."""
+        return math.log2(x / self.x[-1]) if x > self.x[-1] else 0.0
+
+    def scaled(self, factor: float) -> Curve:
+        """The same with every y times ``factor``."""
+        return Curve(self.x, tuple(y * factor for y in self.y))
 
     def as_dict(self) -> dict[str, Any]:
         return {"x": list(self.x), "y": list(self.y)}
@@ -65,8 +81,24 @@ class Surface:
 
     def holds(self, first: float, second: float) -> bool:
         """Whether a measured point is not smaller in both sizes: then nothing is extrapolated that grows."""
-        log = math.log2(max(second, 1.0))
-        return any(size >= first and row.x[-1] >= log for size, row in zip(self.sizes, self.rows, strict=True))
+        return self.excess(first, second) == 0
+
+    def excess(self, first: float, second: float) -> float:
+        """Doublings by which the nearest measured point falls short of these sizes; 0 within."""
+        log, short = math.log2(max(second, 1.0)), math.inf
+        for size, row in zip(reversed(self.sizes), reversed(self.rows), strict=True):
+            beyond = max(0.0, log - row.x[-1])
+            if size >= first:
+                short = min(short, beyond)
+                if not beyond:
+                    return 0.0
+            else:
+                return min(short, beyond + math.log2(first / size))
+        return short
+
+    def scaled(self, factor: float) -> Surface:
+        """The same with every rate times ``factor``."""
+        return Surface(self.sizes, tuple(row.scaled(factor) for row in self.rows))
 
     def as_dict(self) -> dict[str, Any]:
         return {"sizes": list(self.sizes), "rows": [row.as_dict() for row in self.rows]}

@@ -1,17 +1,20 @@
-"""A calibration: what the engine's own operators take on one machine, for one model. Plain data in a JSON file."""
+"""A profile: what the engine's own operators take on one machine, for one model. Plain data in a JSON file."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from foretell.config import KVGroup, ModelSpec, RopeSpec
 from foretell.cost.grid import Curve, Surface
 from foretell.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
+Origin = Literal["measured", "scaled", "analytic"]
+Kind = Literal["decode", "prefill"]  # of a step: one token for each sequence, or any other
+CURVES, SURFACES = ("linear", "head", "host"), ("decode_rate", "prefill_rate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +23,13 @@ class Profile:
 
     ``linear``: everything that sees each token alone. ``decode_rate`` and ``prefill_rate``: seconds of attention per
     query-key pair, mean over the layers, by (sequences, keys of each) and (query tokens, keys before them).
-    ``low`` and ``high``: between these multiples of the prediction lay 90 % of the held-out steps.
+    ``low`` and ``high``: between these multiples of the prediction lay 90 % of the held-out steps; ``intervals`` has
+    them by kind of step where there were enough of each.
+
+    A device that runs ahead of the CPU differs in three ways. ``overlaps``: the host's work hides behind the
+    device's, a step takes the longer of both. ``decode_linear`` is ``linear`` of decode steps, which a graph holds
+    for each of ``graph_sizes``: a step costs what the next larger size does. ``eager_seconds`` is the least that a
+    step without a graph takes, however small: the launching of its kernels.
     """
 
     model: str
@@ -41,12 +50,23 @@ class Profile:
     high: float
     median_error: float  # of the held-out steps, relative
     held_out: list[dict[str, Any]]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    source: Origin = "measured"
+    device: str = ""  # its key among cost.devices.DEVICES
+    note: str = ""  # of a scaled profile: what it was scaled from
+    overlaps: bool = False
+    decode_linear: Curve | None = None
+    graph_sizes: tuple[int, ...] = ()
+    eager_seconds: float = 0.0
+
+    def interval(self, kind: Kind) -> tuple[float, float]:
+        return self.intervals.get(kind, (self.low, self.high))
 
     def save(self, path: Path) -> None:
         data: dict[str, Any] = {"version": VERSION}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            data[field.name] = value.as_dict() if isinstance(value, (Curve, Surface)) else value
+        for one in fields(self):
+            value = getattr(self, one.name)
+            data[one.name] = value.as_dict() if isinstance(value, (Curve, Surface)) else value
         data["spec"] = asdict(self.spec)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -62,22 +82,24 @@ class Profile:
             ) from None
         except ValueError:
             raise ConfigError(f"the profile {path} is no JSON: run foretell calibrate again") from None
-        if not isinstance(data, dict) or data.get("version") != VERSION:
-            raise ConfigError(f"the profile {path} is of another version: run foretell calibrate again")
-        try:
-            values: dict[str, Any] = {field.name: data[field.name] for field in fields(cls)}
-            values |= {name: Curve.from_dict(data[name]) for name in ("linear", "head", "host")}
-            values |= {name: Surface.from_dict(data[name]) for name in ("decode_rate", "prefill_rate")}
-            return cls(**{**values, "spec": spec_from_dict(data["spec"])})
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ConfigError(f"the profile {path} is damaged ({error}): run foretell calibrate again") from None
+        return cls.from_dict(data, str(path))
 
-    def check_fits(self, spec: ModelSpec) -> None:
-        """ConfigError unless the profile was made for a model of these shapes."""
-        if spec != self.spec:
-            raise ConfigError(
-                f"the profile was made for {self.model}, whose shapes are others: calibrate for this model"
-            )
+    @classmethod
+    def from_dict(cls, data: Any, name: str) -> Profile:
+        """From parsed JSON; ``name`` is for the ConfigError."""
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise ConfigError(f"the profile {name} is of another version: run foretell calibrate again")
+        try:
+            values: dict[str, Any] = {one.name: data[one.name] for one in fields(cls)}
+            values |= {name: Curve.from_dict(data[name]) for name in CURVES}
+            values |= {name: Surface.from_dict(data[name]) for name in SURFACES}
+            own = data["decode_linear"]
+            values["decode_linear"] = None if own is None else Curve.from_dict(own)
+            values["graph_sizes"] = tuple(data["graph_sizes"])
+            values["intervals"] = {kind: (low, high) for kind, (low, high) in data["intervals"].items()}
+            return cls(**{**values, "spec": spec_from_dict(data["spec"])})
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise ConfigError(f"the profile {name} is damaged ({error}): run foretell calibrate again") from None
 
 
 def spec_from_dict(data: dict[str, Any]) -> ModelSpec:

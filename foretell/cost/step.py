@@ -6,100 +6,186 @@ tokens. Attention compares each token with what came before: its time takes the 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from foretell.core.messages import Batch
 from foretell.cost.floor import Span
-from foretell.cost.profile import Profile, attended
+from foretell.cost.grid import FARTHEST, BeyondProfileError
+from foretell.cost.profile import Kind, Profile, attended
 
-Source = Literal["measured grid", "beyond the grid"]
-BEYOND = 2.0  # times wider is the interval where the grid ends
+Source = Literal["measured grid", "interpolated", "beyond the grid", "analytic floor"]
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Seconds of one step by component; ``low`` … ``high`` should hold 90 % of real ones."""
+    """Seconds of one step by component; ``low`` … ``high`` should hold 90 % of real ones.
+
+    ``least``: what the step takes at least, whatever its components add up to (launches). ``hidden``: the host's
+    seconds pass behind the device's.
+    """
 
     linear: float
     head: float
-    attention: float
+    decode_attention: float
+    prefill_attention: float
     host: float
     low: float
     high: float
     source: Source
+    kind: Kind = "prefill"
+    least: float = 0.0
+    hidden: bool = False
+
+    @property
+    def attention(self) -> float:
+        return self.decode_attention + self.prefill_attention
+
+    @property
+    def device(self) -> float:
+        """Without the host: from the start of the step to its end."""
+        return max(self.least, self.linear + self.head + self.attention)
 
     @property
     def seconds(self) -> float:
-        return self.linear + self.head + self.attention + self.host
+        return max(self.device, self.host) if self.hidden else self.device + self.host
+
+
+@dataclass(slots=True)
+class _Work:
+    """What a step's chunks add up to; ``excess``: doublings by which they leave the grid."""
+
+    sequences: int = 0
+    tokens: int = 0
+    sampled: int = 0
+    decode_attention: float = 0.0
+    prefill_attention: float = 0.0
+    excess: float = 0.0
+    kind: Kind = "decode"
 
 
 class StepCost:
-    """Callable on a batch, so that a virtual executor can take it; ``beyond`` counts steps outside the grid."""
+    """Callable on a batch, so that a virtual executor can take it; ``beyond`` counts steps outside the grid.
+
+    BeyondProfileError is raised where a step is more than eight times as large as anything measured.
+    """
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.groups, self.num_layers = profile.spec.kv_groups, profile.spec.num_layers
         self.windowed = any(group.window is not None for group in self.groups)
+        self.decode_linear = profile.decode_linear or profile.linear
         self.steps = self.beyond = 0
 
     def __call__(self, batch: Batch) -> float:
-        estimate = self.estimate(batch.chunks)
-        self.steps += 1
-        self.beyond += estimate.source == "beyond the grid"
-        return estimate.seconds
+        work = self._work(batch.chunks)
+        self._count(work.excess, work.tokens)
+        linear, head, host = self._fixed(work)
+        return self._sum(work, linear + head + work.decode_attention + work.prefill_attention, host)
 
     def estimate(self, chunks: Iterable[Span]) -> Estimate:
         """Of a step with these chunks, each of another sequence."""
-        profile = self.profile
-        tokens = sampled = sequences = decodes = 0
-        keys = attention = 0.0
-        inside = True
-        for chunk in chunks:
-            sequences += 1
-            tokens += chunk.length
-            sampled += chunk.sample
-            pairs = self._pairs(chunk.start, chunk.length)
-            if chunk.length == 1:
-                decodes += 1
-                keys += pairs
-            else:
-                attention += pairs * profile.prefill_rate(chunk.length, chunk.start + chunk.length)
-                inside = inside and profile.prefill_rate.holds(chunk.length, chunk.start + chunk.length)
-        if decodes:
-            attention += keys * profile.decode_rate(decodes, keys / decodes)
-            inside = inside and profile.decode_rate.holds(decodes, keys / decodes)
-        inside = inside and tokens <= profile.linear.x[-1] and sampled <= profile.head.x[-1]
-        return self._estimate(tokens, sampled, sequences, attention, inside)
+        work, profile = self._work(chunks), self.profile
+        if work.excess > FARTHEST:
+            raise self._refusal(work.tokens)
+        linear, head, host = self._fixed(work)
+        least = 0.0 if self._has_graph(work) else profile.eager_seconds
+        estimate = Estimate(
+            linear, head, work.decode_attention, work.prefill_attention, host, 0.0, 0.0, self._source(work),
+            work.kind, least, profile.overlaps,
+        )  # fmt: skip
+        low, high = profile.interval(work.kind)
+        wider = 1.0 if not work.excess else 2.0 + work.excess
+        seconds = estimate.seconds
+        return replace(
+            estimate, low=seconds * max(0.0, 1 - (1 - low) * wider), high=seconds * (1 + (high - 1) * wider)
+        )
 
     def decode_seconds(self, positions: Sequence[int]) -> Iterator[float]:
         """Of consecutive steps of one token for each sequence, the first one at these positions."""
         count = len(positions)
-        fixed = self._estimate(count, count, count, 0.0, True).seconds
+        work = _Work(count, count, count)
+        linear, head, host = self._fixed(work)
         rate = self.profile.decode_rate
+        out = max(self.decode_linear.excess(count), self.profile.head.excess(count))
         step = 0
         while True:
             if self.windowed:
                 keys = sum(self._pairs(position + step, 1) for position in positions)
             else:
                 keys = float(sum(positions) + count * (step + 1))
-            self.steps += 1
-            self.beyond += not rate.holds(count, keys / count)
-            yield fixed + keys * rate(count, keys / count)
+            self._count(max(out, rate.excess(count, keys / count)), count)
+            yield self._sum(work, linear + head + keys * rate(count, keys / count), host)
             step += 1
+
+    def _work(self, chunks: Iterable[Span]) -> _Work:
+        profile, work = self.profile, _Work()
+        prefill = profile.prefill_rate
+        keys, decodes = 0.0, 0
+        for chunk in chunks:
+            work.sequences += 1
+            work.tokens += chunk.length
+            work.sampled += chunk.sample
+            pairs = self._pairs(chunk.start, chunk.length)
+            if chunk.length == 1:
+                decodes += 1
+                keys += pairs
+            else:
+                work.kind = "prefill"
+                end = chunk.start + chunk.length
+                work.prefill_attention += pairs * prefill(chunk.length, end)
+                work.excess = max(work.excess, prefill.excess(chunk.length, end))
+        if decodes:
+            work.decode_attention = keys * profile.decode_rate(decodes, keys / decodes)
+            work.excess = max(work.excess, profile.decode_rate.excess(decodes, keys / decodes))
+        linear = self.decode_linear if work.kind == "decode" else profile.linear
+        work.excess = max(work.excess, linear.excess(work.tokens), profile.head.excess(work.sampled or 1))
+        return work
+
+    def _fixed(self, work: _Work) -> tuple[float, float, float]:
+        """Seconds of linear layers, head and host, which take no lengths of histories."""
+        profile, rows = self.profile, work.sampled
+        if self._has_graph(work):
+            rows = profile.graph_sizes[bisect_left(profile.graph_sizes, work.tokens)]
+            return self.decode_linear(rows), profile.head(rows), profile.host(work.sequences)
+        linear = self.decode_linear if work.kind == "decode" and not profile.graph_sizes else profile.linear
+        return linear(work.tokens), profile.head(rows) if rows else 0.0, profile.host(work.sequences)
+
+    def _has_graph(self, work: _Work) -> bool:
+        sizes = self.profile.graph_sizes
+        return work.kind == "decode" and bool(sizes) and work.tokens <= sizes[-1]
+
+    def _sum(self, work: _Work, device: float, host: float) -> float:
+        profile = self.profile
+        if profile.eager_seconds and not self._has_graph(work):
+            device = max(device, profile.eager_seconds)
+        return max(device, host) if profile.overlaps else device + host
 
     def _pairs(self, start: int, length: int) -> float:
         if not self.windowed:
             return length * start + length * (length + 1) / 2
         return attended(self.groups, self.num_layers, start, length)
 
-    def _estimate(self, tokens: int, sampled: int, sequences: int, attention: float, inside: bool) -> Estimate:
-        profile = self.profile
-        linear, host = profile.linear(tokens), profile.host(sequences)
-        head = profile.head(sampled) if sampled else 0.0
-        seconds = linear + head + attention + host
-        wider = 1.0 if inside else BEYOND
-        low, high = 1 - (1 - profile.low) * wider, 1 + (profile.high - 1) * wider
-        source: Source = "measured grid" if inside else "beyond the grid"
-        return Estimate(linear, head, attention, host, seconds * max(0.0, low), seconds * high, source)
+    def _source(self, work: _Work) -> Source:
+        if self.profile.source == "analytic":
+            return "analytic floor"
+        if work.excess:
+            return "beyond the grid"
+        linear = self.decode_linear if work.kind == "decode" else self.profile.linear
+        at_point = self.profile.source == "measured" and work.tokens in linear.x
+        return "measured grid" if at_point else "interpolated"
+
+    def _count(self, excess: float, tokens: int) -> None:
+        self.steps += 1
+        if excess:
+            self.beyond += 1
+            if excess > FARTHEST:
+                raise self._refusal(tokens)
+
+    def _refusal(self, tokens: int) -> BeyondProfileError:
+        return BeyondProfileError(
+            f"a step of {tokens} tokens with such histories is more than {2**FARTHEST:.0f} times what was measured "
+            f"of {self.profile.model}: calibrate with more KV cache, or cap lengths"
+        )

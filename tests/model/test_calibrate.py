@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from foretell import LLM, SamplingParams
 from foretell.cli.app import app
-from foretell.cost import calibrate
+from foretell.config import SchedulerConfig
+from foretell.cost import calibrate, stepping
+from foretell.cost.floor import ChunkShape
 from foretell.cost.profile import Profile
 from foretell.cost.step import StepCost
 from foretell.errors import ConfigError
 from tests.model import models
+from tests.model.test_device_runner import make_engine
+
+QUICK = calibrate.Grid(
+    tokens=(1, 4, 16, 64, 100), rows=(1, 8), decode=((1, 64), (4, 100)), prefill=((64, 0), (32, 64)), host=(1, 4),
+    held_out=8,
+)  # fmt: skip
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "POINT_SECONDS", 0.0)
-    monkeypatch.setattr(calibrate, "TOKENS", (1, 4, 16, 64, 100))
-    monkeypatch.setattr(calibrate, "ROWS", (1, 8))
-    monkeypatch.setattr(calibrate, "DECODE", ((1, 64), (4, 100)))
-    monkeypatch.setattr(calibrate, "PREFILL", ((64, 0), (32, 64)))
-    monkeypatch.setattr(calibrate, "HELD_OUT", 4)
+    monkeypatch.setattr(stepping, "POINT_SECONDS", 0.0)
+    monkeypatch.setattr(calibrate, "CPU_GRID", QUICK)
 
 
 @pytest.mark.parametrize("name", ["glassllm", pytest.param("gemma3-270m", marks=pytest.mark.slow)])
@@ -36,7 +43,7 @@ def test_a_calibrated_engine_still_serves_and_its_steps_are_priced(quick: None, 
         before = llm.generate([prompt], params, progress=False)[0].outputs[0].token_ids
         profile = calibrate.calibrate(llm)
         assert llm.generate([prompt], params, progress=False)[0].outputs[0].token_ids == before
-        assert max(llm.assembly.engine.executor.runner.states) < calibrate.FIRST_ID  # type: ignore[attr-defined]
+        assert max(llm.assembly.engine.executor.runner.states) < stepping.FIRST_ID  # type: ignore[attr-defined]
     assert profile.linear.x[-1] == 100
     assert all(seconds > 0 for seconds in profile.linear.y)
     assert profile.held_out
@@ -73,4 +80,31 @@ def test_calibrate_then_simulate(quick: None, tmp_path: Path) -> None:
         assert report["ttft_seconds"]["p50"] > 0
     other = runner.invoke(app, ["simulate", str(models.prepare("microformer")), "--profile", str(path), *asked])
     assert other.exit_code == 1
-    assert "shapes" in other.output
+    assert "layers are" in other.output
+    assert "calibrate this model" in other.output
+
+
+def test_a_device_is_measured_through_the_same_code() -> None:
+    """The runner for devices on CPU tensors: every operator gets a grid, slots and requests are given back."""
+    engine = make_engine(SchedulerConfig(max_num_seqs=12, max_model_len=128, enable_prefix_caching=False), 200, [],
+                         padded=True)  # fmt: skip
+    runner = engine.executor.runner  # type: ignore[attr-defined]
+    files = SimpleNamespace(name="glassllm")
+    assembly = SimpleNamespace(
+        engine=engine, options=SimpleNamespace(block_size=16), max_model_len=128, files=files, dtype="float32",
+        weight_format="float32", kernels="reference", device="cpu",
+    )  # fmt: skip
+    llm: Any = SimpleNamespace(assembly=assembly, spec=runner.model.spec)
+    bench = stepping.StepBench(llm)
+    with torch.inference_mode():
+        profile = calibrate._Measuring(bench, QUICK, lambda done, what: None).profile(llm)
+    assert len(runner.free_slots) == 12
+    assert not runner.states
+    assert profile.overlaps
+    assert profile.decode_linear is not None
+    assert profile.decode_linear.x == (1.0, 8.0)
+    assert profile.graph_sizes == (1, 2, 4, 8, 12)
+    assert profile.eager_seconds > 0
+    cost = StepCost(profile)
+    assert cost.estimate([ChunkShape(5, 1)] * 9).linear == cost.estimate([ChunkShape(5, 1)] * 12).linear
+    assert cost.estimate([ChunkShape(0, 20)]).seconds >= profile.eager_seconds
