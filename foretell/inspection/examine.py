@@ -116,7 +116,9 @@ def inspect_model(files: ModelFiles, dtype: str = "auto") -> Inspection:
 
     Raises UnsupportedModelError or ModelFormatError as loading the model would.
     """
-    spec = read_spec(files)
+    from foretell.model.spec import spec_for
+
+    spec = spec_for(files)
     stored = tuple(stored_types(files))
     name = _dtype(dtype, stored)
     size = DTYPE_BYTES[name]
@@ -138,18 +140,6 @@ def inspect_model(files: ModelFiles, dtype: str = "auto") -> Inspection:
         decode=decode_intensity(spec, typical, size, 1),
         decode_batched=decode_intensity(spec, typical, size, BATCH_SIZES[-1]),
     )
-
-
-def read_spec(files: ModelFiles) -> ModelSpec:
-    """The spec from config.json, or from a GGUF's metadata."""
-    if files.config is not None:
-        from foretell.model.families import resolve_spec
-
-        return resolve_spec(files.config)
-    from foretell.model.gguf_adapter import gguf_spec
-    from foretell.store import open_tensors
-
-    return gguf_spec(open_tensors(files))
 
 
 def _dtype(wanted: str, stored: Sequence[StoredType]) -> str:

@@ -45,6 +45,7 @@ _OVERRIDES: dict[str, Mapping[str, Any]] = {
     "falcon": _FUSED,
     "phi3": {**_FUSED, **dict.fromkeys(("mlp.gate", "mlp.up"), stacked_gate_up("ffn_up"))},
 }
+_SLIDING = ("gemma3", "phi3")  # where converters state a window and llama.cpp heeds it
 _SECOND_NORM = "blk.0.attn_norm_2.weight"
 _SCALING_KEYS = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"}
 
@@ -94,6 +95,8 @@ def gguf_config(source: TensorSource) -> Config:
     meta = ConfigReader(fields, architecture, "GGUF metadata")
     if "rope_factors_short.weight" in names or "rope_factors_long.weight" in names:
         raise meta.unsupported("longrope scaling (rope_factors tensors)", "none, linear, yarn")
+    if architecture not in _SLIDING and meta.integer("attention.sliding_window", 0, at_least=0):  # Olmo 3, e.g.
+        raise meta.unsupported("attention.sliding_window in this architecture", ", ".join(_SLIDING))
     heads, head_dim = _head_shape(meta)
     config: Config = {
         "num_hidden_layers": meta.integer("block_count"),

@@ -192,9 +192,8 @@ def _scaled_rope(rope: ConfigReader, theta: float, dim: int, scaling: RopeScalin
     factor = rope.number("factor")
     if scaling == "linear":
         return RopeSpec(theta, dim, "linear", factor)
-    trained = rope.integer(
-        "original_max_position_embeddings", config.integer("max_position_embeddings", 0) or REQUIRED
-    )
+    length = "original_max_position_embeddings"  # beside the rope's parameters it counts more than among them
+    trained = config.integer(length, rope.integer(length, config.integer("max_position_embeddings", 0) or REQUIRED))
     if scaling == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if low >= high:

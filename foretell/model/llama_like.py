@@ -9,7 +9,7 @@ from foretell.config import ModelSpec, RopeSpec
 from foretell.model.hf_config import ConfigReader, read_rope
 from foretell.model.naming import Naming, plus_one, stacked_gate_up, stacked_qkv
 
-INVERSE_FREQUENCIES = r".*rotary_emb\.inv_freq"
+INVERSE_FREQUENCIES = r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)"  # tables that old versions kept
 
 _PROJECTIONS = {
     "attention.q": "self_attn.q_proj",

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from foretell.config import ModelSpec
-from foretell.errors import ConfigError, ModelFormatError
+from foretell.errors import ConfigError
 from foretell.kernels.base import Kernels
 from foretell.model.build import Builder, Progress
 from foretell.model.device_weights import DeviceDummyWeights, DeviceFileWeights
-from foretell.model.families import resolve_spec
-from foretell.model.gguf_adapter import gguf_spec
+from foretell.model.spec import spec_for
 from foretell.model.transformer import Transformer
 from foretell.model.weights import DummyWeights, FileWeights
 from foretell.store import ModelFiles, open_tensors
@@ -20,17 +19,10 @@ from foretell.store import ModelFiles, open_tensors
 if TYPE_CHECKING:
     from foretell.store.tensors import TensorSource
 
+__all__ = ["DTYPES", "load_dummy", "load_model", "resolve_dtype", "spec_for"]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FLOAT32_BYTES = 200_000_000
-
-
-def spec_for(files: ModelFiles) -> ModelSpec:
-    """The architecture of these files, from config.json or GGUF metadata. Same errors as resolve_spec."""
-    if files.format == "gguf":
-        return gguf_spec(open_tensors(files))
-    if files.config is None:
-        raise ModelFormatError(f"{files.name} has no config.json, so its architecture is unknown")
-    return resolve_spec(files.config)
 
 
 def resolve_dtype(name: str, files: ModelFiles) -> torch.dtype:

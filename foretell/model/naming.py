@@ -47,14 +47,17 @@ class Naming:
     ignored: tuple[str, ...] = ()  # regular expressions of tensors that hold no parameters
 
     def root(self, names: Collection[str]) -> str:
-        embedding = self.top["embedding"]
-        assert isinstance(embedding, str)
-        return next((r for r in self.roots if f"{r}{embedding}.weight" in names), self.roots[0])
+        first = self.layer.format(0)
+        return next((r for r in self.roots if any(n.startswith(r + first) for n in names)), self.roots[0])
 
     def sources(self, spec: ModelSpec, names: Collection[str]) -> dict[str, Source]:
         """Canonical name → source for every weight of the spec, given the names in the file."""
         root = self.root(names)
-        return {key: self._source(spec, root, key, shape) for key, shape in weight_shapes(spec).items()}
+        sources = {key: self._source(spec, root, key, shape) for key, shape in weight_shapes(spec).items()}
+        table, head = sources["embedding.weight"], f"{self.head}.weight"
+        if spec.tied_embeddings and table.name not in names and head in names:
+            sources["embedding.weight"] = replace(table, name=head)  # of a tied pair either name may be stored
+        return sources
 
     def _source(self, spec: ModelSpec, root: str, key: str, shape: tuple[int, ...]) -> Source:
         part, kind = key.rsplit(".", 1)

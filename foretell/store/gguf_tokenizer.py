@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from foretell.errors import DownloadError, ModelFormatError, UnsupportedModelError
 from foretell.store.cache import make_folder, publish
-from foretell.store.pretokenizers import IGNORING_MERGES, NORMALISED_NFC, byte_level_splitter
+from foretell.store.pretokenizers import BEGINNING_WITH_BOS, IGNORING_MERGES, NORMALISED_NFC, byte_level_splitter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,11 +153,12 @@ def _add_whole_tokens(backend: Backend, tokens: list[str], types: list[int], *, 
 
 
 def _add_template(backend: Backend, metadata: Mapping[str, Any], tokens: list[str], kind: str) -> None:
-    """BOS and EOS around a text, as the file's flags (or, in old files, its kind) say."""
+    """BOS and EOS around a text, as the file's flags (or, in files without them, its kind) say."""
     from tokenizers.processors import TemplateProcessing
 
+    pre = metadata.get(f"{_PREFIX}pre")
     wanted = {
-        "bos": metadata.get(f"{_PREFIX}add_bos_token", kind == "llama"),
+        "bos": metadata.get(f"{_PREFIX}add_bos_token", kind == "llama" or pre in BEGINNING_WITH_BOS),
         "eos": metadata.get(f"{_PREFIX}add_eos_token", kind == "t5"),
     }
     special: list[tuple[str, int]] = []

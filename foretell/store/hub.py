@@ -11,6 +11,8 @@ from foretell.errors import DownloadError, ModelNotFoundError
 from foretell.store.files import read_json
 
 ALLOWED: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+# The same weights a second time: in the publisher's own names, or in folders of other formats.
+IGNORED: Final = ("consolidated*.safetensors", "*/*.safetensors", "*/*.json")
 _REFERENCE: Final = re.compile(
     r"(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)"
     r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?(?::(?P<file>[A-Za-z0-9][A-Za-z0-9._/+-]*\.gguf))?"
@@ -63,6 +65,7 @@ def _fetch(repo: str, revision: str | None, file: str | None, folder: Path | Non
                 cache_dir=folder,
                 local_files_only=offline,
                 allow_patterns=list(ALLOWED),
+                ignore_patterns=list(IGNORED),
             )
     except GatedRepoError:
         raise ModelNotFoundError(f"{what} is gated; accept its terms on the hub and set HF_TOKEN") from None

@@ -50,6 +50,9 @@ _DIGITS_THEN_GPT2: Final = ("smollm", "starcoder", "refact", "command-r", "codes
 NORMALISED_NFC: Final = frozenset({"qwen2", "deepseek-r1-qwen"})
 IGNORING_MERGES: Final = frozenset({"llama3", "llama-v3", "llama-bpe", "tekken", "llama4", "gpt-4o"})
 
+# Llama 3 and Mistral's newer ones: their files often omit add_bos_token, and mean true.
+BEGINNING_WITH_BOS: Final = frozenset({"llama3", "llama-v3", "llama-bpe", "tekken"})
+
 
 def byte_level_splitter(name: str) -> PreTokenizer:
     """The pre-tokeniser called ``name``. UnsupportedModelError lists the known names."""

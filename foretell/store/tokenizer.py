@@ -179,7 +179,6 @@ def from_gguf_metadata(metadata: Mapping[str, Any], path: Path, home: Path | Non
 
 
 def _from_folder(files: ModelFiles) -> Tokenizer:
-    from tokenizers import AddedToken
     from tokenizers import Tokenizer as BackendClass
 
     folder = files.folder
@@ -189,14 +188,10 @@ def _from_folder(files: ModelFiles) -> Tokenizer:
         why = (str(error).splitlines() or [""])[0][:200]
         raise ModelFormatError(f"{folder / 'tokenizer.json'} is no valid tokenizer ({why}); fetch it again") from None
     config = read_json(folder / "tokenizer_config.json") or {}
-    added = config.get("added_tokens_decoder")
-    for info in added.values() if isinstance(added, dict) else ():
-        if isinstance(info, dict) and isinstance(info.get("content"), str) and not _has(backend, info["content"]):
-            flags = {key: bool(info.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-            backend.add_tokens([AddedToken(info["content"], **flags)])
-    special = _special_tokens(read_json(folder / "special_tokens_map.json") or {}) | _special_tokens(config)
-    stated = (files.generation_config or {}).get("eos_token_id", (files.config or {}).get("eos_token_id"))
-    ends = {number for number in (stated if isinstance(stated, list) else [stated]) if isinstance(number, int)}
+    special_map = read_json(folder / "special_tokens_map.json") or {}
+    special = _special_tokens(special_map) | _special_tokens(config)
+    _add_tokens(backend, config, [*special.values(), *_more_special(special_map), *_more_special(config)])
+    ends = _stated_ends(files)
     if "eos_token" in special and (number := backend.token_to_id(special["eos_token"])) is not None:
         ends.add(number)
     return Tokenizer(
@@ -207,22 +202,60 @@ def _from_folder(files: ModelFiles) -> Tokenizer:
     )
 
 
+def _add_tokens(backend: Backend, config: Mapping[str, Any], special: Sequence[str]) -> None:
+    """Tokens that the configuration adds to the vocabulary, and those of it that it calls special: as transformers
+    reads them, they are matched whole in a text and left out of what is shown."""
+    from tokenizers import AddedToken
+
+    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    stated = config.get("added_tokens_decoder")
+    for info in stated.values() if isinstance(stated, dict) else ():
+        text = _content(info) if isinstance(info, dict) else None
+        if text is not None and text not in there:
+            flags = {key: bool(info.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            backend.add_tokens([AddedToken(text, **flags)])
+            there.add(text)
+    for text in special:
+        if text not in there and backend.token_to_id(text) is not None:
+            backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+            there.add(text)
+
+
+def _stated_ends(files: ModelFiles) -> set[int]:
+    """``eos_token_id``, one or several: the generation's before the model's, and before that of its text half."""
+    config = files.config or {}
+    text = config.get("text_config")
+    inner = text.get("eos_token_id") if isinstance(text, dict) else None
+    stated = (files.generation_config or {}).get("eos_token_id", config.get("eos_token_id", inner))
+    return {number for number in (stated if isinstance(stated, list) else [stated]) if isinstance(number, int)}
+
+
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """``bos_token`` and so on, whether written as text or as an object with a content."""
-    found = {}
-    for role in _ROLES:
-        value = config.get(f"{role}_token")
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            found[f"{role}_token"] = text
-    return found
+    found = {f"{role}_token": _content(config.get(f"{role}_token")) for role in _ROLES}
+    return {role: text for role, text in found.items() if text is not None}
+
+
+def _more_special(config: Mapping[str, Any]) -> list[str]:
+    """The special tokens without a role, under the name of transformers 4 or 5."""
+    lists = [config.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
+    texts = [_content(value) for values in lists if isinstance(values, list) for value in values]
+    return [text for text in texts if text is not None]
+
+
+def _content(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else None
 
 
 def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """chat_template.jinja, else chat_template.json, else tokenizer_config.json's: one text, or several by name."""
-    file = folder / "chat_template.jinja"
-    if file.is_file() and file.stat().st_size <= _MAX_TEMPLATE_BYTES:
-        return {"default": file.read_text("utf-8", "replace")}
+    """chat_template.jinja and additional_chat_templates/NAME.jinja, else chat_template.json, else
+    tokenizer_config.json's: one text, or several by name."""
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files = {**{file.stem: file for file in more}, "default": folder / "chat_template.jinja"}
+    texts = {name: file.read_text("utf-8", "replace") for name, file in files.items() if _is_template(file)}
+    if "default" in texts:
+        return texts
     stated = (read_json(folder / "chat_template.json") or {}).get("chat_template", config.get("chat_template"))
     if isinstance(stated, str):
         return {"default": stated}
@@ -234,10 +267,10 @@ def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]
     }
 
 
+def _is_template(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size <= _MAX_TEMPLATE_BYTES
+
+
 def _end_ids(backend: Backend) -> set[int]:
     added = backend.get_added_tokens_decoder()
     return {number for number, token in added.items() if token.special and token.content in _END_TEXTS}
-
-
-def _has(backend: Backend, token: str) -> bool:
-    return backend.token_to_id(token) is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foretell.config import ModelSpec
 from foretell.errors import ConfigError, ModelFormatError
+from foretell.inspection import inspect_model
 from foretell.kernels import get_kernels
 from foretell.model.families import FAMILIES, resolve_spec, tensor_naming
 from foretell.model.load import load_dummy, load_model, resolve_dtype, spec_for
@@ -88,18 +89,39 @@ def test_refused_by_tensor_name(tmp_path: Path, change: Change, said: str) -> No
     assert "\n" not in str(caught.value)
 
 
+TIED = CONFIG | {"tie_word_embeddings": True}
+
+
 def test_rotary_tables_and_a_tied_head_in_the_file_are_left_alone(tmp_path: Path) -> None:
-    tied = CONFIG | {"tie_word_embeddings": True}
-    state = write(tmp_path, tied)
+    state = write(tmp_path, TIED)
     wanted = prompt_logits(load(tmp_path), PROMPT)
-    state["lm_head.weight"] = torch.zeros(50, 32)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
     save_file(state, tmp_path / "model.safetensors")
     assert torch.equal(prompt_logits(load(tmp_path), PROMPT), wanted)
 
 
+def test_a_head_of_its_own_is_used_whatever_the_config_says(tmp_path: Path) -> None:
+    """As transformers 5 has it: a head that differs from the embedding cannot be tied to it."""
+    state = write(tmp_path, CONFIG)
+    wanted = prompt_logits(load(tmp_path), PROMPT)
+    (tmp_path / "config.json").write_text(json.dumps(TIED))
+    assert torch.equal(prompt_logits(load(tmp_path), PROMPT), wanted)
+    counted = inspect_model(resolve(str(tmp_path))).counts
+    assert counted.total == sum(tensor.numel() for tensor in state.values())
+
+
+def test_a_tied_pair_may_be_stored_under_the_heads_name(tmp_path: Path) -> None:
+    """safetensors' own save_model keeps the first name of two that share memory."""
+    state = write(tmp_path, TIED)
+    wanted = prompt_logits(load(tmp_path), PROMPT)
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, tmp_path / "model.safetensors")
+    assert torch.equal(prompt_logits(load(tmp_path), PROMPT), wanted)
+
+
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
-    state = write(tmp_path, CONFIG | {"tie_word_embeddings": True})
+    state = write(tmp_path, TIED)
     tied = prompt_logits(load(tmp_path), PROMPT)
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     save_file(state, tmp_path / "model.safetensors")

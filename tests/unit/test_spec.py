@@ -164,6 +164,14 @@ def test_both_config_styles_say_the_same() -> None:
     assert resolve_spec(scaled).local_rope == RopeSpec(1e4, 256)
 
 
+def test_the_length_a_model_was_trained_for_may_stand_beside_the_rope() -> None:
+    """As transformers has it, there it counts more than within rope_scaling, and more than the present context."""
+    yarn = LLAMA_8B | {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32768}
+    inside = LLAMA_8B | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
+    assert resolve_spec(yarn) == resolve_spec(inside)
+    assert resolve_spec(inside | {"original_max_position_embeddings": 4096}).rope != resolve_spec(inside).rope
+
+
 def test_multimodal_gemma_takes_the_defaults_of_its_text_half() -> None:
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024,
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,9 +48,10 @@ def header(architecture: str) -> dict[str, Any]:
         "attention.head_count_kv": 2,
         "attention.layer_norm_rms_epsilon": 1e-5,
         "attention.layer_norm_epsilon": 1e-5,
-        "attention.sliding_window": 16,
         "rope.freq_base": 10000.0,
     }
+    if architecture in ("gemma3", "phi3"):
+        fields["attention.sliding_window"] = 16
     if architecture in ("gpt2", "gptneox"):
         fields["attention.head_count_kv"] = 6
     return {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in fields.items()}
@@ -59,7 +61,8 @@ SCALARS = st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.f
 VALUES = SCALARS | st.lists(SCALARS, max_size=8) | st.sampled_from(["linear", "yarn", "none", "longrope"])
 EXTRA = ["rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.dimension_count",
          "rope.scale_linear", "attention.key_length", "attention.value_length", "expert_count", "attention.scale",
-         "attention.sliding_window_pattern", "rope.freq_base_swa", "use_parallel_residual"]  # fmt: skip
+         "attention.sliding_window_pattern", "rope.freq_base_swa", "use_parallel_residual",
+         "attention.sliding_window"]  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None)
@@ -92,3 +95,11 @@ def test_every_architecture_reads_and_names_every_weight() -> None:
         sources = naming_of(source, spec).sources(spec, source.names())
         assert all(isinstance(place, Source) for place in sources.values())
         assert "blk.6.ffn_down.weight" in {place.name for place in sources.values()}
+
+
+def test_a_window_is_never_ignored() -> None:
+    """Olmo 3 comes under Olmo 2's name, with windows that Olmo 2 has not."""
+    source = HeaderOnly(header("olmo2") | {"olmo2.attention.sliding_window": 16}, {"token_embd.weight": (67, 48)})
+    with pytest.raises(UnsupportedModelError, match=r"sliding_window.*gemma3, phi3"):
+        gguf_spec(source)
+    assert set(gguf_spec(HeaderOnly(header("olmo2"), {"token_embd.weight": (67, 48)})).windows) == {None}

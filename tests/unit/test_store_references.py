@@ -80,7 +80,7 @@ def test_a_broken_configuration(tmp_path: Path, content: str) -> None:
     "reference",
     ["", "  ", "nonsense", "./none", "/none/at/all", "none.gguf", "pypi:", "pypi:../../x==1", "a\0b", "a/../b",
      "../a/b", "org/name@../../x", "org/name:../x.gguf", "org/name:x.bin", "org/na me",
-     "org/name/more", "~/none-at-all"],
+     "org/name/more", "~/none-at-all", "~no-such-user/model", "/" + "x" * 5000, "x" * 5000],
 )  # fmt: skip
 def test_what_names_nothing(tmp_path: Path, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -198,10 +198,13 @@ def test_only_weights_and_configuration_are_asked_for(tmp_path: Path, monkeypatc
     allowed = [
         name
         for name in ("model-1.safetensors", "config.json", "tokenizer.json", "chat_template.jinja",
-                     "pytorch_model.bin", "model.pt", "modeling_x.py", "x.gguf", "x.pkl")
+                     "additional_chat_templates/tool_use.jinja", "pytorch_model.bin", "model.pt", "modeling_x.py",
+                     "x.gguf", "x.pkl", "consolidated.safetensors", "original/model.safetensors", "onnx/config.json")
         if any(fnmatch.fnmatch(name, pattern) for pattern in asked[0]["allow_patterns"])
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in asked[0]["ignore_patterns"])
     ]  # fmt: skip
-    assert allowed == ["model-1.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]
+    assert allowed == ["model-1.safetensors", "config.json", "tokenizer.json", "chat_template.jinja",
+                       "additional_chat_templates/tool_use.jinja"]  # fmt: skip
 
 
 def test_hub_failures_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

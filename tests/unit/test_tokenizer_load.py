@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from foretell.errors import ForetellError, InvalidRequestError, ModelFormatError, UnsupportedModelError
@@ -80,6 +80,40 @@ def test_tokens_that_only_the_configuration_adds(tmp_path: Path) -> None:
     assert len(tokenizer.encode("<|x|>")) == 1
 
 
+def test_special_tokens_that_only_the_configuration_calls_so(tmp_path: Path) -> None:
+    stated = {"eos_token": "Ġhi", "additional_special_tokens": ["Ġh", "no"]}
+    tokenizer = load(folder(tmp_path, tokenizer_config=stated))
+    ids = [tokenizer.backend.token_to_id(text) for text in ("Ġhi", "Ġh")]
+    assert set(ids) <= tokenizer.special_ids
+    assert tokenizer.decode(ids) == ""
+    assert tokenizer.backend.token_to_id("no") is None, "a token without an embedding must not come about"
+
+
+def test_what_stands_around_a_text_is_for_tokenizer_json_to_say(tmp_path: Path) -> None:
+    """As transformers 5 has it, whatever ``add_bos_token`` says beside it."""
+    folder(tmp_path, tokenizer_config={"bos_token": "<s>", "add_bos_token": False, "add_eos_token": True})
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(" hi"), skip_special_tokens=False) == "<s> hi"
+
+
+def test_more_templates_lie_beside_the_first(tmp_path: Path) -> None:
+    folder(tmp_path, tokenizer_config={"chat_template": "old"})
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    (tmp_path / "chat_template.jinja").write_text("plain")
+    tokenizer = load(tmp_path)
+    assert tokenizer.apply_chat_template(MESSAGES) == "plain"
+    assert tokenizer.apply_chat_template(MESSAGES, tools=[{"type": "function"}]) == "tools"
+
+
+def test_the_end_token_of_a_multimodal_models_text_half(tmp_path: Path) -> None:
+    assert 9 in load(folder(tmp_path, config={"text_config": {"eos_token_id": [9]}})).eos_token_ids
+
+
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     (folder(tmp_path) / "tokenizer.json").unlink()
     assert load_tokenizer(resolve(str(tmp_path))) is None
@@ -122,6 +156,20 @@ def test_byte_level_from_gguf() -> None:
     assert tokenizer.decode([256, 260, 258, 257]) == " hi<think>"
     assert tokenizer.eos_token_ids == {256, 257}
     assert (tokenizer.bos_token_id, tokenizer.vocab_size) == (256, 261)
+
+
+@pytest.mark.parametrize(
+    ("pre", "stated", "framed"),
+    [
+        ("llama-bpe", {}, True),
+        ("tekken", {}, True),
+        ("qwen2", {}, False),
+        ("llama-bpe", {"add_bos_token": False}, False),
+    ],
+)
+def test_llama_3_begins_with_bos_where_its_file_does_not_say(pre: str, stated: dict[str, Any], framed: bool) -> None:
+    tokenizer = build(gguf(**BPE | {"pre": pre}, bos_token_id=256, **stated))
+    assert tokenizer.encode(" hi") == ([256, 260] if framed else [260])
 
 
 def test_sentencepiece_with_and_without_a_prefix_space() -> None:
