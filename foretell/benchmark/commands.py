@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from foretell.benchmark.traffic import Arrivals, Traffic
+from foretell.benchmark.traffic import DEFAULT_REQUESTS, Arrivals, Traffic
 from foretell.config import PolicyName
 from foretell.errors import ConfigError
 from foretell.trace import Objectives, Workload
@@ -52,16 +52,17 @@ def run_online(
     asked: Asked,
     arrivals: Arrivals,
     *,
-    objectives_ms: tuple[float | None, float | None, float | None],
+    objectives: Objectives,
     compare_policies: bool,
-    warmup: bool,
+    warmup: int,
     virtual: bool,
 ) -> None:
     asked.traffic.check()
     asked, arrivals = with_rate(asked, arrivals)
-    objectives = Objectives(*(None if ms is None else ms / 1e3 for ms in objectives_ms))
     policies: tuple[PolicyName, ...] = POLICIES if compare_policies else (asked.options["policy"],)
     if virtual:
+        if asked.repeat > 1 or asked.options["tp"] * asked.options["pp"] > 1:
+            raise ConfigError("--virtual is one process, and the same every time: leave --repeat, --tp and --pp out")
         result = _virtual(asked, arrivals, policies, objectives)
     else:
         result = _real(asked, arrivals, policies, objectives, warmup)
@@ -70,17 +71,18 @@ def run_online(
 
 def with_rate(asked: Asked, arrivals: Arrivals) -> tuple[Asked, Arrivals]:
     """A rate of 1/s where neither a rate nor a trace says when to send, and requests to fill the duration."""
-    traffic = asked.traffic
-    if traffic.trace is None and arrivals.rate is None:
+    traffic, timed = asked.traffic, asked.traffic.timed
+    if not timed and arrivals.rate is None:
         arrivals = replace(arrivals, rate=1.0)
-    arrivals.check()
-    if traffic.trace is None and traffic.num_requests is None:
-        traffic = replace(traffic, num_requests=arrivals.requests_needed())
+    arrivals.check(timed=timed)
+    if not timed and traffic.num_requests is None:
+        enough = arrivals.requests_needed() or (DEFAULT_REQUESTS if traffic.trace else None)
+        traffic = replace(traffic, num_requests=enough)
     return replace(asked, traffic=traffic), arrivals
 
 
 def _real(
-    asked: Asked, arrivals: Arrivals, policies: tuple[PolicyName, ...], objectives: Objectives, warmup: bool
+    asked: Asked, arrivals: Arrivals, policies: tuple[PolicyName, ...], objectives: Objectives, warmup: int
 ) -> dict[str, Any]:
     from foretell.async_llm import AsyncLLM
     from foretell.benchmark import online_report

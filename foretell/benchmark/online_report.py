@@ -43,7 +43,7 @@ def run(
     policies: Sequence[PolicyName],
     objectives: Objectives,
     repeat: int,
-    warmup: bool,
+    warmup: int,
     say: Say,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def run(
     for policy, floor in floors.items():
         say(f"floor, {policy}: {_one_line(floor)}")
     if warmup:
-        run_open_loop(llm, _warmup_part(workload), variant=1)
+        run_open_loop(llm, _warmup_part(workload, warmup), variant=1)
     outcomes = _rounds(llm, workload, policies, objectives, repeat, progress)
     better = subject_after(llm.llm, subject, say)
     if better is not subject:
@@ -139,9 +139,9 @@ def _outcome(runs: Sequence[OnlineRun], objectives: Objectives) -> Outcome:
     return Outcome(summarize(requests, objectives, seconds), worst, runs[-1])
 
 
-def _warmup_part(workload: Workload) -> Workload:
-    """A few of its requests, at once and short."""
-    first = (replace(r, arrival_seconds=0.0, output_len=min(4, r.output_len)) for r in workload.requests[:4])
+def _warmup_part(workload: Workload, count: int) -> Workload:
+    """The first of its requests, at once and short."""
+    first = (replace(r, arrival_seconds=0.0, output_len=min(4, r.output_len)) for r in workload.requests[:count])
     return replace(workload, requests=tuple(first))
 
 

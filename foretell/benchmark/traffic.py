@@ -9,25 +9,28 @@ from typing import TYPE_CHECKING
 
 from foretell.errors import ConfigError
 from foretell.trace.arrivals import arrival_times
-from foretell.trace.readers import read_trace
+from foretell.trace.readers import read_trace, sniff
 from foretell.trace.workloads import NAMED, Lengths, Workload, named_workload, random_workload
 
 if TYPE_CHECKING:
     from foretell.trace.readers import Encode
 
 MAX_REQUESTS = 1_000_000
+DEFAULT_LENGTH = "128"  # tokens
+DEFAULT_REQUESTS = 16
 ENOUGH = 1.5  # requests drawn for a duration, times those expected in it: what comes after is cut off
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What to ask. At most one of ``workload`` and ``trace``; neither means random lengths."""
+    """What to ask. At most one of ``workload`` and ``trace``; neither means random lengths, of 128 tokens unless
+    told otherwise."""
 
     workload: str | None = None
     trace: Path | None = None
     trace_format: str = "auto"
-    prompt_lengths: str = "128"
-    output_lengths: str = "128"
+    prompt_lengths: str | None = None
+    output_lengths: str | None = None
     num_requests: int | None = None
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None
@@ -41,18 +44,40 @@ class Traffic:
             raise ConfigError("--workload and --trace both name the requests: give one of them")
         if self.trace is not None and not self.trace.is_file():
             raise ConfigError(f"there is no trace file {self.trace}")
-        for lengths in (self.prompt_lengths, self.output_lengths):
-            Lengths.parse(lengths)
+        if self.trace is None and self.trace_format != "auto":
+            raise ConfigError("--trace-format is of a trace: give --trace too")
+        if (self.workload or self.trace) and (self.prompt_lengths or self.output_lengths):
+            raise ConfigError(
+                "--input-len and --output-len draw lengths, and a workload or trace has its own: "
+                "--max-input-len and --max-output-len cut those"
+            )
+        self._lengths()
 
-    def build(self, vocab_size: int, encode: Encode | None = None, *, default_requests: int = 16) -> Workload:
+    @property
+    def timed(self) -> bool:
+        """Whether the requests have arrival times of their own."""
+        if self.trace is None:
+            return False
+        try:
+            return (sniff(self.trace) if self.trace_format == "auto" else self.trace_format) != "sharegpt"
+        except (OSError, UnicodeDecodeError):
+            return True  # reading it will say what is wrong
+
+    def _lengths(self) -> tuple[Lengths, Lengths]:
+        return Lengths.parse(self.prompt_lengths or DEFAULT_LENGTH), Lengths.parse(
+            self.output_lengths or DEFAULT_LENGTH
+        )
+
+    def build(
+        self, vocab_size: int, encode: Encode | None = None, *, default_requests: int = DEFAULT_REQUESTS
+    ) -> Workload:
         """All requests, with the trace's own arrival times if there is one, else all at once."""
         if self.trace is not None:
             found = read_trace(self.trace, self.trace_format, max_requests=self.num_requests, encode=encode)
         elif self.workload is not None:
             found = named_workload(self.workload, vocab_size)
         else:
-            lengths = Lengths.parse(self.prompt_lengths), Lengths.parse(self.output_lengths)
-            found = random_workload(self.num_requests or default_requests, *lengths, self.seed)
+            found = random_workload(self.num_requests or default_requests, *self._lengths(), self.seed)
         return found.adjusted(
             max_requests=self.num_requests,
             max_prompt_tokens=self.max_prompt_tokens,
@@ -70,12 +95,21 @@ class Arrivals:
     duration_seconds: float | None = None
     ramp_to: float | None = None
 
-    def check(self) -> None:
-        """ConfigError for an impossible rate or burstiness."""
+    def check(self, *, timed: bool) -> None:
+        """ConfigError for impossible figures, and for those that would change nothing. ``timed``: the workload has
+        times of its own, which hold unless there is a rate."""
+        if self.duration_seconds is not None and not math.isfinite(self.duration_seconds):
+            raise ConfigError("--duration is a finite number of seconds; without it everything is sent")
+        if not math.isfinite(self.time_scale):
+            raise ConfigError("--time-scale is a finite number")
+        if self.time_scale != 1 and (self.rate is not None or not timed):
+            raise ConfigError("--time-scale stretches a trace's own times: give --trace, and no --rate")
         if self.rate is not None:
             arrival_times(0, self.rate, burstiness=self.burstiness, ramp_to=self.ramp_to)
         elif self.ramp_to is not None:
             raise ConfigError("a ramp needs --rate, the rate it starts from")
+        elif self.burstiness != 1:
+            raise ConfigError("--burstiness is of arrivals at a rate: give --rate")
 
     def apply(self, workload: Workload, seed: int) -> Workload:
         if self.rate is not None:

@@ -9,7 +9,7 @@ import typer
 from foretell.cli.bench import bench_app
 from foretell.cli.chat import chat
 from foretell.cli.foresee import calibrate, simulate
-from foretell.cli.guard import guarded
+from foretell.cli.guard import Commands, guarded
 from foretell.cli.inspect import inspect
 from foretell.cli.models import models
 from foretell.cli.run import run
@@ -19,6 +19,7 @@ from foretell.cli.version import show_version, version_option
 
 app = typer.Typer(
     name="foretell",
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,  # a traceback of ours must be whole; users' errors never have one

@@ -1,15 +1,22 @@
-"""Options of the benchmark commands alone; those of the engine are in ``options``."""
+"""Options of the benchmark commands alone; those of the engine are in ``options``. The groups at the end name their
+fields as the dataclasses do that they become."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from foretell.cli import options as o
+
+if TYPE_CHECKING:
+    from foretell.benchmark.traffic import Arrivals, Traffic
+    from foretell.trace import Objectives
+
 _WHAT, _WHEN, _HOW, _ENGINE = "What is asked", "When it is asked", "How it is measured", "Engine"
 
-Model = Annotated[str, typer.Argument(help="Alias, folder, .gguf file or repository id.")]
 Workload = Annotated[
     str | None,
     typer.Option("--workload", help="A named workload; an unknown name lists them.", rich_help_panel=_WHAT),
@@ -23,9 +30,19 @@ TraceFormat = Annotated[
     typer.Option("--trace-format", help="Of the trace; auto looks inside.", rich_help_panel=_WHAT),
 ]
 InputLen = Annotated[
-    str, typer.Option(help="Prompt tokens: 128, a range 64-256, or mean~deviation 200~50.", rich_help_panel=_WHAT)
+    str | None,
+    typer.Option(
+        "--input-len",
+        help="Prompt tokens: 128 (if not given), a range 64-256, or mean~deviation 200~50.",
+        rich_help_panel=_WHAT,
+    ),
 ]
-OutputLen = Annotated[str, typer.Option(help="Output tokens, written the same way.", rich_help_panel=_WHAT)]
+OutputLen = Annotated[
+    str | None,
+    typer.Option(
+        "--output-len", help="Output tokens, written the same way; 128 if not given.", rich_help_panel=_WHAT
+    ),
+]
 NumRequests = Annotated[
     int | None,
     typer.Option(min=1, max=1_000_000, help="Requests to send; of a trace, the first.", rich_help_panel=_WHAT),
@@ -42,18 +59,23 @@ Rate = Annotated[
     float | None,
     typer.Option(help="Requests per second; 1 unless a trace has times of its own.", rich_help_panel=_WHEN),
 ]
-Burstiness = Annotated[float, typer.Option(help="1: Poisson; below: bursts; above: steadier.", rich_help_panel=_WHEN)]
+Burstiness = Annotated[
+    float,
+    typer.Option(help="1: Poisson; below: bursts; above: steadier; inf: constant gaps.", rich_help_panel=_WHEN),
+]
 TimeScale = Annotated[
     float, typer.Option(min=0, help="Multiplies a trace's gaps: 0.5 is twice as fast.", rich_help_panel=_WHEN)
 ]
-Duration = Annotated[float | None, typer.Option(min=0.001, help="Send for so many seconds.", rich_help_panel=_WHEN)]
+Duration = Annotated[
+    float | None, typer.Option("--duration", min=0.001, help="Send for so many seconds.", rich_help_panel=_WHEN)
+]
 
 Repeat = Annotated[int, typer.Option(min=1, help="Measured runs.", rich_help_panel=_HOW)]
 WarmupRuns = Annotated[
     int, typer.Option("--warmup", min=0, help="Runs before that do not count.", rich_help_panel=_HOW)
 ]
-Warmup = Annotated[
-    bool, typer.Option("--warmup/--no-warmup", help="A few requests first that do not count.", rich_help_panel=_HOW)
+WarmupRequests = Annotated[
+    int, typer.Option("--warmup", min=0, help="Requests first that do not count.", rich_help_panel=_HOW)
 ]
 ComparePolicies = Annotated[
     bool,
@@ -63,13 +85,10 @@ Virtual = Annotated[
     bool,
     typer.Option("--virtual", help="In virtual time, each step at its floor: no weights.", rich_help_panel=_HOW),
 ]
-SloTTFT = Annotated[
-    float | None, typer.Option("--slo-ttft-ms", min=0, help="Objective for TTFT.", rich_help_panel=_HOW)
+Slo = Annotated[
+    str | None,
+    typer.Option(help="Objectives for goodput: ttft=500ms,tpot=50ms,e2e=10s (any of them).", rich_help_panel=_HOW),
 ]
-SloTPOT = Annotated[
-    float | None, typer.Option("--slo-tpot-ms", min=0, help="Objective for TPOT.", rich_help_panel=_HOW)
-]
-SloE2E = Annotated[float | None, typer.Option("--slo-e2e-ms", min=0, help="Objective for E2E.", rich_help_panel=_HOW)]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the JSON line to this file.", rich_help_panel=_HOW)
 ]
@@ -92,3 +111,57 @@ ChunkTokens = Annotated[
     ),
 ]
 BlockSize = Annotated[int, typer.Option(min=1, help="Tokens in a KV block.", rich_help_panel=_ENGINE)]
+
+
+@dataclass(frozen=True)
+class TrafficGroup:
+    """What is asked."""
+
+    workload: Workload = None
+    trace: Trace = None
+    trace_format: TraceFormat = "auto"
+    prompt_lengths: InputLen = None
+    output_lengths: OutputLen = None
+    num_requests: NumRequests = None
+    max_prompt_tokens: MaxInput = None
+    max_output_tokens: MaxOutput = None
+    seed: Seed = 0
+
+    def traffic(self) -> Traffic:
+        from foretell.benchmark.traffic import Traffic
+
+        return Traffic(**asdict(self))
+
+
+@dataclass(frozen=True)
+class ArrivalsGroup:
+    """When it is asked."""
+
+    rate: Rate = None
+    burstiness: Burstiness = 1.0
+    time_scale: TimeScale = 1.0
+    duration_seconds: Duration = None
+
+    def arrivals(self) -> Arrivals:
+        from foretell.benchmark.traffic import Arrivals
+
+        return Arrivals(**asdict(self))
+
+
+@dataclass(frozen=True)
+class BenchCapacity(o.Capacity):
+    block_size: BlockSize = 16
+    max_chunk_tokens: ChunkTokens = 0
+    enable_prefix_caching: Caching = None
+
+
+@dataclass(frozen=True)
+class BenchEngine(BenchCapacity, o.Engine):
+    """All that a benchmark may ask of an engine."""
+
+
+def objectives(slo: str | None) -> Objectives:
+    """ConfigError for what is no list of objectives."""
+    from foretell.trace import Objectives
+
+    return Objectives() if slo is None else Objectives.parse(slo)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from foretell.cli import bench_options as b
-from foretell.cli.guard import guarded
+from foretell.cli.groups import grouped
 from foretell.errors import ConfigError
 
 _WHERE, _WHEN, _HOW = "Where it goes", "When it is asked", "How it is measured"
@@ -43,10 +44,6 @@ RampTo = Annotated[
     float | None,
     typer.Option(help="The rate climbs (or falls) evenly from --rate to this.", rich_help_panel=_WHEN),
 ]
-Burstiness = Annotated[
-    float,
-    typer.Option(help="1: Poisson; below: bursts; above: steadier; inf: constant gaps.", rich_help_panel=_WHEN),
-]
 Concurrency = Annotated[
     int | None,
     typer.Option(
@@ -54,9 +51,6 @@ Concurrency = Annotated[
     ),
 ]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for one request.", rich_help_panel=_HOW)]
-WarmUp = Annotated[
-    int, typer.Option("--warmup", min=0, help="Requests first that do not count.", rich_help_panel=_HOW)
-]
 PromptSeed = Annotated[
     int | None,
     typer.Option(
@@ -66,16 +60,19 @@ PromptSeed = Annotated[
         rich_help_panel="What is asked",
     ),
 ]
-Slo = Annotated[
-    str | None,
-    typer.Option(help="Objectives for goodput: ttft=500ms,tpot=50ms,e2e=10s (any of them).", rich_help_panel=_HOW),
-]
 Records = Annotated[bool, typer.Option("--records", help="Every request's times into --json.", rich_help_panel=_HOW)]
 Plot = Annotated[Path | None, typer.Option(help="Write a picture: FILE.svg or FILE.html.", rich_help_panel=_HOW)]
 
 
-@guarded
+@dataclass(frozen=True)
+class ServeArrivals(b.ArrivalsGroup):
+    ramp_to: RampTo = None
+
+
+@grouped
 def serve(
+    what: b.TrafficGroup,
+    when: ServeArrivals,
     base_url: BaseURL = "http://127.0.0.1:8000",
     api_key: Key = None,
     model: Model = None,
@@ -83,25 +80,11 @@ def serve(
     tokenizer: TokenizerName = None,
     ignore_eos: IgnoreEOS = True,
     extra_body: ExtraBody = None,
-    workload: b.Workload = None,
-    trace: b.Trace = None,
-    trace_format: b.TraceFormat = "auto",
-    input_len: b.InputLen = "128",
-    output_len: b.OutputLen = "128",
-    num_requests: b.NumRequests = None,
-    max_input_len: b.MaxInput = None,
-    max_output_len: b.MaxOutput = None,
-    seed: b.Seed = 0,
     prompt_seed: PromptSeed = None,
-    rate: b.Rate = None,
-    ramp_to: RampTo = None,
-    burstiness: Burstiness = 1.0,
-    time_scale: b.TimeScale = 1.0,
-    duration: b.Duration = None,
     max_concurrency: Concurrency = None,
     timeout: Timeout = 600.0,
-    warmup: WarmUp = 4,
-    slo: Slo = None,
+    warmup: b.WarmupRequests = 4,
+    slo: b.Slo = None,
     json_file: b.JsonFile = None,
     records: Records = False,
     plot: Plot = None,
@@ -115,39 +98,27 @@ def serve(
       foretell bench serve --trace azure.csv --time-scale 0.1 --duration 120 --json run.json --records
       foretell bench serve --max-concurrency 16 --num-requests 500
     """
-    from foretell.benchmark.traffic import Arrivals, Traffic
     from foretell.loadgen.command import Asked, run_serve
     from foretell.loadgen.drive import Pace
     from foretell.loadgen.interface import Interface
     from foretell.loadgen.target import Target
-    from foretell.trace.metrics import Objectives
 
     if not math.isfinite(timeout):
         raise ConfigError("--timeout must be a finite number of seconds")
     run_serve(
         Asked(
-            Target.parse(base_url, api_key or os.environ.get("OPENAI_API_KEY")),
-            Interface(endpoint, model or "", ignore_eos, extra=_json_object(extra_body)),
-            Traffic(
-                workload,
-                trace,
-                trace_format,
-                input_len,
-                output_len,
-                num_requests,
-                max_input_len,
-                max_output_len,
-                seed,
-            ),
-            Arrivals(rate, burstiness, time_scale, duration, ramp_to),
-            Pace(max_concurrency=max_concurrency, timeout_seconds=timeout),
-            Objectives() if slo is None else Objectives.parse(slo),
-            tokenizer,
-            warmup,
-            prompt_seed,
-            json_file,
-            records,
-            plot,
+            target=Target.parse(base_url, api_key or os.environ.get("OPENAI_API_KEY")),
+            interface=Interface(endpoint, model or "", ignore_eos, extra=_json_object(extra_body)),
+            traffic=what.traffic(),
+            arrivals=when.arrivals(),
+            pace=Pace(max_concurrency=max_concurrency, timeout_seconds=timeout),
+            objectives=b.objectives(slo),
+            tokenizer=tokenizer,
+            warmup=warmup,
+            prompt_seed=prompt_seed,
+            json_file=json_file,
+            with_records=records,
+            plot_file=plot,
         )
     )
 

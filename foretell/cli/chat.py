@@ -5,40 +5,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Annotated
-
-import typer
+from dataclasses import dataclass
 
 from foretell.cli import options as o
 from foretell.cli.chat_commands import run_command
 from foretell.cli.chat_session import ChatSession
+from foretell.cli.groups import grouped
 from foretell.cli.guard import say
-from foretell.cli.session import as_utf8, open_model, sampling
+from foretell.cli.session import as_utf8, open_model
 from foretell.store.aliases import DEFAULT_MODEL
 
 HISTORY_LINES = 1000
 
 
+@dataclass(frozen=True)
+class ChatSampling(o.Sampling):
+    max_tokens: o.MaxTokens = 512
+
+
+@grouped
 def chat(
-    model: Annotated[str, typer.Argument(help="Alias, folder, .gguf file or Hugging Face id.")] = DEFAULT_MODEL,
+    choosing: ChatSampling,
+    engine: o.Engine,
+    model: o.Model = DEFAULT_MODEL,
     system: o.System = None,
-    max_tokens: o.MaxTokens = 512,
-    temperature: o.Temperature = 0.0,
-    top_p: o.TopP = 1.0,
-    top_k: o.TopK = 0,
-    min_p: o.MinP = 0.0,
-    seed: o.Seed = None,
-    stop: o.Stop = None,
-    dtype: o.Dtype = "auto",
-    max_model_len: o.MaxModelLen = None,
-    kv_cache_bytes: o.KVCacheBytes = None,
-    threads: o.Threads = None,
-    tp: o.TP = 1,
-    pp: o.PP = 1,
-    kernels: o.KernelsName = "auto",
-    device: o.Device = "auto",
-    memory_share: o.MemoryShare = 0.9,
-    offline: o.Offline = False,
 ) -> None:
     """Talk with a model. Answers stream; each turn says how fast it was and how much the prefix cache saved.
 
@@ -51,19 +41,9 @@ def chat(
       foretell chat --system "You answer in rhymes." --temperature 0.7
       printf 'Hi, I am Ada.\\nWhat is my name?\\n' | foretell chat
     """
-    given = {
-        "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
-        "seed": seed, "stop": stop,
-    }  # fmt: skip
-    params = {name: value for name, value in given.items() if value is not None}
-    sampling(**params)
-    with open_model(
-        model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes, num_threads=threads,
-        tp=tp, pp=pp,
-        kernels=kernels,
-        device=device, memory_share=memory_share, offline=offline or None,
-    ) as llm:  # fmt: skip
-        session = ChatSession(llm, params, system)
+    choosing.params()  # what cannot work is refused before anything is loaded
+    with open_model(model, **engine.options()) as llm:
+        session = ChatSession(llm, choosing.given(), system)
         session.check_model()
         if sys.stdin.isatty():
             say(f"{llm.assembly.files.name}, {llm.assembly.max_model_len:,} tokens of context. /help; Ctrl-D leaves.")

@@ -6,14 +6,41 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 import typer
+from typer.core import TyperGroup
 
 from foretell.errors import ForetellError
 
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141  # the last two: 128 + SIGINT, 128 + SIGPIPE
 Arguments = ParamSpec("Arguments")
+UsageError: Any = typer.BadParameter.__base__  # its public name differs between versions of typer
+
+
+class Commands(TyperGroup):
+    """Commands whose usage errors are one line, as their other errors are, and say where help is."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        if not more.pop("standalone_mode", True):
+            return super().main(*args, **more, standalone_mode=False)
+        try:
+            code = super().main(*args, **more, standalone_mode=False)
+        except UsageError as error:
+            message = (
+                error.format_message()
+                .replace("Value error, ", "")
+                .removeprefix("Invalid value: ")
+                .strip()
+                .rstrip(".")
+            )
+            if message:  # none where a command without arguments has shown its help
+                command = error.ctx.command_path if error.ctx else "foretell"
+                say(f"error: {message[:1].lower()}{message[1:]} ({command} --help shows what there is)")
+            sys.exit(USAGE)
+        except typer.Abort:
+            sys.exit(FAILED)
+        sys.exit(code or 0)
 
 
 def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:

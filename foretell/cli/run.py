@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foretell.cli import options as o
+from foretell.cli.groups import grouped
 from foretell.cli.guard import say
-from foretell.cli.session import TextOut, check_finished, open_model, read_stdin, sampling
+from foretell.cli.session import TextOut, check_finished, open_model, read_stdin
 from foretell.errors import InvalidRequestError
 from foretell.store.aliases import ALIASES, DEFAULT_MODEL
 
@@ -27,38 +28,20 @@ Words = Annotated[
 ]
 
 
+@grouped
 def run(
+    choosing: o.Sampling,
+    engine: o.Engine,
     words: Words = None,
     raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the chat template.")] = False,
     ids: Annotated[bool, typer.Option("--ids", help="PROMPT is token ids, and so is the output.")] = False,
     system: o.System = None,
     json_output: o.JsonOutput = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary.")] = False,
-    max_tokens: o.MaxTokens = 256,
-    temperature: o.Temperature = 0.0,
-    top_p: o.TopP = 1.0,
-    top_k: o.TopK = 0,
-    min_p: o.MinP = 0.0,
-    seed: o.Seed = None,
-    stop: o.Stop = None,
     logprobs: Annotated[
         int | None,
         typer.Option(min=0, max=128, help="Show each token's probability and its K rivals.", metavar="K"),
     ] = None,
-    dtype: o.Dtype = "auto",
-    max_model_len: o.MaxModelLen = None,
-    kv_cache_bytes: o.KVCacheBytes = None,
-    max_num_seqs: o.MaxNumSeqs = None,
-    max_num_batched_tokens: o.MaxBatchedTokens = None,
-    policy: o.Policy = "mixed",
-    threads: o.Threads = None,
-    tp: o.TP = 1,
-    pp: o.PP = 1,
-    kernels: o.KernelsName = "auto",
-    device: o.Device = "auto",
-    memory_share: o.MemoryShare = 0.9,
-    load_format: o.Format = "auto",
-    offline: o.Offline = False,
 ) -> None:
     """Complete one prompt: the text streams to stdout, a summary of what it cost follows on stderr.
 
@@ -76,23 +59,14 @@ def run(
       foretell run ./my-model --ids 12,7,99
     """
     model, prompt = split_words(words or [])
-    params = sampling(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
-        stop=stop, logprobs=logprobs,
-    )  # fmt: skip
+    params = choosing.params(logprobs=logprobs)
     text = read_stdin() if prompt == "-" else prompt
     given = parse_ids(text) if ids else text
-    if raw and system is not None:
-        raise typer.BadParameter("--system needs the chat template, --raw leaves it out: choose one")
+    if system is not None and (raw or ids):
+        raise typer.BadParameter("--system needs the chat template, --raw and --ids leave it out: choose one")
     if not given:
         raise InvalidRequestError("the prompt is empty: give some text, or - to read it from stdin")
-    with open_model(
-        model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, policy=policy, num_threads=threads, tp=tp, pp=pp,
-        kernels=kernels,
-        device=device, memory_share=memory_share,
-        load_format=load_format, offline=offline or None,
-    ) as llm:  # fmt: skip
+    with open_model(model, **engine.options()) as llm:
         accepted = llm.now  # TTFT counts the chat template and the tokeniser too
         prepared, note = prepare(llm, given, raw=raw, system=system)
         if note and not (quiet or json_output):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foretell.cli import options as o
+from foretell.cli.groups import grouped
 from foretell.cli.guard import say
 from foretell.errors import ConfigError
 from foretell.store.aliases import DEFAULT_MODEL
@@ -23,7 +24,9 @@ _FILES = "Files"
 MAX_LINE_BYTES = 4 << 20
 
 
+@grouped
 def run_batch(
+    engine: o.Engine,
     input_file: Annotated[
         Path, typer.Option("--input-file", "-i", help="Requests, one JSON object per line.", rich_help_panel=_FILES)
     ],
@@ -36,25 +39,13 @@ def run_batch(
             rich_help_panel=_FILES,
         ),
     ],
-    model: Annotated[str, typer.Argument(help="Alias, folder, .gguf file, repository id or wheel.")] = DEFAULT_MODEL,
+    model: o.Model = DEFAULT_MODEL,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start over, whatever the output holds.", rich_help_panel=_FILES)
     ] = False,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Name that the file uses for the model; may be repeated.")
     ] = None,
-    dtype: o.Dtype = "auto",
-    max_model_len: o.MaxModelLen = None,
-    kv_cache_bytes: o.KVCacheBytes = None,
-    max_num_seqs: o.MaxNumSeqs = None,
-    max_num_batched_tokens: o.MaxBatchedTokens = None,
-    policy: o.Policy = "mixed",
-    threads: o.Threads = None,
-    kernels: o.KernelsName = "auto",
-    device: o.Device = "auto",
-    memory_share: o.MemoryShare = 0.9,
-    load_format: o.Format = "auto",
-    offline: o.Offline = False,
 ) -> None:
     """Answer an OpenAI batch file: chat completions, completions and embeddings, as fast as the engine goes.
 
@@ -69,12 +60,7 @@ def run_batch(
     _check(input_file, output_file)
     from foretell.cli.session import open_model
 
-    with open_model(
-        model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, policy=policy, num_threads=threads, kernels=kernels,
-        device=device, memory_share=memory_share,
-        load_format=load_format, offline=offline or None,
-    ) as llm:  # fmt: skip
+    with open_model(model, **engine.options()) as llm:
         names = tuple(served_model_name or ()) or (model,)
         _answer(llm, input_file, output_file, overwrite, names)
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from foretell.cli import options as o
+from foretell.cli.groups import grouped
 from foretell.errors import ConfigError
 from foretell.store.aliases import DEFAULT_MODEL
-
-if TYPE_CHECKING:
-    pass
 
 _SERVER, _LIMITS, _WATCHING = "Server", "Limits", "Watching"
 
 
+@grouped
 def serve(
-    model: Annotated[str, typer.Argument(help="Alias, folder, .gguf file, repository id or wheel.")] = DEFAULT_MODEL,
+    engine: o.Engine,
+    model: o.Model = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", "-p", min=0, max=65535, help="0 takes a free one.", rich_help_panel=_SERVER)
@@ -86,19 +86,6 @@ def serve(
     hang_seconds: Annotated[
         float, typer.Option(min=1, help="A silent engine is restarted after so long.", rich_help_panel=_LIMITS)
     ] = 300.0,
-    dtype: o.Dtype = "auto",
-    max_model_len: o.MaxModelLen = None,
-    kv_cache_bytes: o.KVCacheBytes = None,
-    max_num_seqs: o.MaxNumSeqs = None,
-    max_num_batched_tokens: o.MaxBatchedTokens = None,
-    policy: o.Policy = "mixed",
-    threads: o.Threads = None,
-    kernels: o.KernelsName = "auto",
-    device: o.Device = "auto",
-    memory_share: o.MemoryShare = 0.9,
-    load_format: o.Format = "auto",
-    tp: o.TP = 1,
-    pp: o.PP = 1,
     replicas: Annotated[
         int,
         typer.Option(min=1, help="Engines that share the load; each has its own memory.", rich_help_panel="Engine"),
@@ -106,7 +93,6 @@ def serve(
     step_log: Annotated[
         Path | None, typer.Option(help="Append a JSON line per step to this file.", rich_help_panel="Engine")
     ] = None,
-    offline: o.Offline = False,
     log_format: Annotated[
         Literal["human", "json"],
         typer.Option(help="Lines for people, or a JSON object per line.", rich_help_panel=_WATCHING),
@@ -159,14 +145,8 @@ def serve(
         max_logprobs=max_logprobs,
         stored_responses=stored_responses,
     )
-    engine = EngineOptions(
-        model=model, dtype=dtype, max_model_len=max_model_len, kv_cache_bytes=kv_cache_bytes,
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, policy=policy,
-        num_threads=threads, kernels=kernels,
-        device=device, memory_share=memory_share, load_format=load_format, tp=tp, pp=pp, step_log=step_log,
-        offline=offline or None,
-    )  # fmt: skip
-    resolve(model, offline=offline or None)  # with its download bar, and before anything else is loaded
+    options = EngineOptions(model=model, **engine.options(), step_log=step_log)
+    resolve(model, offline=options.offline)  # with its download bar, and before anything else is loaded
     from foretell.cli.serve_report import StartReport
     from foretell.server import logs
     from foretell.server.run import serve as serve_until_told
@@ -178,7 +158,7 @@ def serve(
     report = StartReport(model, config)
     try:
         status = serve_until_told(
-            engine,
+            options,
             config,
             drain_seconds=drain_seconds,
             replicas=replicas,

@@ -69,19 +69,20 @@ def run_serve(asked: Asked) -> None:
 def with_loop(asked: Asked) -> Asked:
     """Open or closed? A concurrency without a rate or a trace's own times means closed; nothing means 1/s."""
     arrivals, pace, traffic = asked.arrivals, asked.pace, asked.traffic
-    timed = traffic.trace is not None or (arrivals.rate is not None and math.isfinite(arrivals.rate))
-    closed = pace.max_concurrency is not None and not timed
+    timed, at_a_rate = traffic.timed, arrivals.rate is not None and math.isfinite(arrivals.rate)
+    closed = pace.max_concurrency is not None and not timed and not at_a_rate
     if closed and arrivals.ramp_to is not None:
         raise ConfigError("--ramp-to is of arrival rates, and a closed loop has none: give --rate")
     if closed:
+        arrivals.check(timed=False)
         arrivals = replace(arrivals, rate=None, duration_seconds=None)
         pace = replace(pace, closed=True, duration_seconds=asked.arrivals.duration_seconds)
-    elif traffic.trace is None and arrivals.rate is None:
+    elif not timed and arrivals.rate is None:
         arrivals = replace(arrivals, rate=1.0)
-    arrivals.check()
-    if traffic.trace is None and traffic.num_requests is None:
-        needed = DEFAULT_REQUESTS if closed else arrivals.requests_needed()
-        traffic = replace(traffic, num_requests=needed if traffic.workload is None else None)
+    arrivals.check(timed=timed)
+    if not timed and traffic.num_requests is None and traffic.workload is None:
+        needed = DEFAULT_REQUESTS if closed else arrivals.requests_needed() or DEFAULT_REQUESTS
+        traffic = replace(traffic, num_requests=needed)
     return replace(asked, arrivals=arrivals, pace=pace, traffic=traffic)
 
 

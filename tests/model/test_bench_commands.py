@@ -98,7 +98,7 @@ def test_a_named_workload_that_does_not_fit_says_so(model):
 def test_online_sends_when_due_and_counts_from_then(model):
     result, text = run(
         "online", model, "--rate", 50, "--num-requests", 12, "--input-len", "5-20", "--output-len", 5,
-        "--slo-ttft-ms", 1e6, "--slo-tpot-ms", 0,
+        "--slo", "ttft=1000s,tpot=0ms",
     )  # fmt: skip
     measured = result["measured"]["mixed"]
     assert measured["requests"] == 12
@@ -147,7 +147,15 @@ def test_online_keeps_a_traces_times(model, tmp_path):
         (("offline", "--trace", "/no/such/file"), "no trace file"),
         (("offline", "--input-len", "5-2"), "no length"),
         (("online", "--rate", "0"), "must be above 0"),
-        (("online", "--burstiness", "-1"), "must be above 0"),
+        (("online", "--rate", "1", "--burstiness", "-1"), "must be above 0"),
+        (("online", "--duration", "inf", "--rate", "2"), "finite"),
+        (("online", "--slo", "ttft=soon"), "no list of objectives"),
+        # what would change nothing is refused, not ignored
+        (("offline", "--workload", "cpu-16", "--input-len", "5"), "--max-input-len"),
+        (("offline", "--trace-format", "azure"), "--trace"),
+        (("online", "--rate", "2", "--time-scale", "0.5"), "stretches"),
+        (("online", "--virtual", "--tp", "2"), "--virtual"),
+        (("online", "--virtual", "--repeat", "2"), "--virtual"),
     ],
 )
 def test_wrong_options_are_one_line_before_anything_is_loaded(arguments, message):

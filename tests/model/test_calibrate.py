@@ -70,7 +70,7 @@ def test_calibrate_then_simulate(quick: None, tmp_path: Path) -> None:
     assert "held out" in done.output
     assert Profile.load(path).kernels
     asked = ["--rate", "50", "--num-requests", "20", "--input-len", "8-40", "--output-len", "4-20"]
-    extra = ["--compare-policies", "--slo-ttft-ms", "500", "--json", str(result)]
+    extra = ["--compare-policies", "--slo", "ttft=500ms", "--json", str(result)]
     done = runner.invoke(app, ["simulate", model, "--profile", str(path), *asked, *extra])
     assert done.exit_code == 0, done.output
     figures = json.loads(result.read_text())

@@ -7,22 +7,30 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import foretell
-from foretell.cli import units
+from foretell.assembly import EngineOptions
+from foretell.cli import bench_options, options, units
 from foretell.cli.app import app
+from foretell.cli.groups import grouped
 from foretell.cli.guard import guarded
 from foretell.cli.run import parse_ids, split_words
 from foretell.cli.session import visible
+from foretell.core.params import SamplingParams
 from foretell.errors import ConfigError, ForetellError, InvalidRequestError
 from foretell.store import ALIASES, DEFAULT_MODEL
 
-COMMANDS = ("run", "chat", "models", "inspect", "version")
+COMMANDS = (
+    "run", "chat", "serve", "models", "inspect", "run-batch", "calibrate", "simulate", "version", "bench offline",
+    "bench online", "bench serve", "bench scaling",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -53,7 +61,7 @@ def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_teaches_by_example(cli: CliRunner, command: str) -> None:
-    result = cli.invoke(app, [command, "--help"])
+    result = cli.invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert "Example" in result.stdout
     assert f"foretell {command}" in result.stdout
@@ -61,7 +69,7 @@ def test_every_command_teaches_by_example(cli: CliRunner, command: str) -> None:
 
 def test_top_level_help_names_every_command(cli: CliRunner) -> None:
     result = cli.invoke(app, ["--help"])
-    assert all(command in result.stdout for command in COMMANDS)
+    assert all(command.split()[0] in result.stdout for command in COMMANDS)
 
 
 def test_version(cli: CliRunner) -> None:
@@ -75,13 +83,48 @@ def test_version(cli: CliRunner) -> None:
         ["nonsense"], ["run", "a", "b", "c"], ["run", "smollm2-135m"], ["run", "hi", "--no-such-option"],
         ["run", "hi", "--dtype", "int3"], ["run", "hi", "--max-tokens", "0"], ["run", "hi", "--policy", "first-come"],
         ["run", "hi", "--raw", "--system", "x"], ["run", "hi", "--logprobs", "many"], ["inspect", "a", "b"],
+        ["run", "hi", "--kv-cache-bytes", "lots"], ["run", "--ids", "1,2", "--system", "x"], ["bench", "nonsense"],
+        ["bench", "online", "--duration", "nan"], ["run-batch"], ["serve", "--port", "70000"],
     ],
 )  # fmt: skip
-def test_usage_errors_exit_2(cli: CliRunner, arguments: list[str]) -> None:
+def test_usage_errors_are_one_line_that_names_the_help_and_exit_2(cli: CliRunner, arguments: list[str]) -> None:
     result = cli.invoke(app, arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "--help" in result.stderr
+
+
+def test_a_group_of_options_is_taken_apart_and_put_together_again(cli: CliRunner) -> None:
+    @dataclass(frozen=True)
+    class Pair:
+        left: Annotated[int, typer.Option("--left", "-l")] = 1
+        right: Annotated[str, typer.Option("--right")] = "r"
+
+    @dataclass(frozen=True)
+    class Triple(Pair):
+        third: bool = False
+
+    got: list[tuple[Triple, str]] = []
+
+    def command(group: Triple, word: str, *, more: int = 7) -> None:
+        got.append((group, f"{word} {more}"))
+
+    command.__annotations__ = {"group": Triple, "word": str, "more": int, "return": None}
+    small = typer.Typer()
+    small.command()(grouped(command))
+    assert cli.invoke(small, ["hello"]).exit_code == 0
+    assert cli.invoke(small, ["hi", "-l", "5", "--third", "--more", "8"]).exit_code == 0
+    assert got == [(Triple(), "hello 7"), (Triple(5, "r", True), "hi 8")]
+
+
+def test_engine_options_mean_the_same_to_every_command() -> None:
+    """Groups name their fields as EngineOptions and SamplingParams do: a new option cannot be dropped on the way."""
+    assert {f.name for f in fields(options.Engine)} <= {f.name for f in fields(EngineOptions)}
+    assert {f.name for f in fields(bench_options.BenchEngine)} <= {f.name for f in fields(EngineOptions)}
+    assert {f.name for f in fields(options.Sampling)} <= {f.name for f in fields(SamplingParams)}
+    assert EngineOptions("m", **options.Engine().options()) == EngineOptions("m")
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,27 @@ def test_what_opens_and_what_closes_the_loop():
     assert asked(Arrivals(rate=2.0, ramp_to=4.0, duration_seconds=100.0)).traffic.num_requests >= 300
     with pytest.raises(ConfigError, match="closed loop"):
         asked(Arrivals(ramp_to=3.0), 8)
+    with pytest.raises(ConfigError, match="--rate"):
+        asked(Arrivals(burstiness=3.0), 8)
+
+
+def test_a_trace_without_times_is_not_taken_for_one_with(tmp_path):
+    """ShareGPT says what was asked, not when: such requests come at a rate, or from so many users."""
+    trace = tmp_path / "talk.json"
+    trace.write_text(json.dumps([{"conversations": [{"value": "How?"}, {"value": "So."}]}] * 3))
+
+    def asked(arrivals, concurrency=None):
+        given = Asked(
+            Target.parse("http://h"), Interface("completions", ""), Traffic(trace=trace), arrivals,
+            Pace(max_concurrency=concurrency), Objectives(),
+        )  # fmt: skip
+        return with_loop(given)
+
+    assert asked(Arrivals()).arrivals.rate == 1.0
+    assert asked(Arrivals(), 8).pace.closed
+    assert not asked(Arrivals(rate=5.0), 8).pace.closed
+    with pytest.raises(ConfigError, match="stretches"):
+        asked(Arrivals(time_scale=2.0))
 
 
 # -- answers and failures ---------------------------------------------------------------------------------
