@@ -1,4 +1,4 @@
-"""The two commands, from checked options to the JSON line."""
+"""The commands in this process, from checked options to the JSON line."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What both commands are told."""
+    """What they are told."""
 
     model: str
     options: dict[str, Any]  # of the engine
     traffic: Traffic
     repeat: int
     json_file: Path | None
+
+    def check(self) -> None:
+        """ConfigError for what can be known to be wrong before a model is loaded."""
+        self.traffic.check()
+        check_writable(self.json_file)
 
     def engine_options(self) -> dict[str, Any]:
         """Random prompts share nothing, so unless it is asked for, only traces get a prefix cache."""
@@ -38,11 +43,17 @@ class Asked:
         return {**self.options, "enable_prefix_caching": caching}
 
 
+def check_writable(file: Path | None) -> None:
+    """ConfigError before a run of minutes rather than after it."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ConfigError(f"{file} cannot be written: its folder is missing, or it is a folder")
+
+
 def run_offline(asked: Asked, *, warmup: int) -> None:
     from foretell.benchmark import offline
     from foretell.cli.session import open_model
 
-    asked.traffic.check()
+    asked.check()
     with open_model(asked.model, **asked.engine_options()) as llm:
         workload = asked.traffic.build(llm.spec.vocab_size, encoder(llm.tokenizer))
         finish(offline.run(llm, workload, repeat=asked.repeat, warmup=warmup, say=print), asked.json_file)
@@ -57,7 +68,7 @@ def run_online(
     warmup: int,
     virtual: bool,
 ) -> None:
-    asked.traffic.check()
+    asked.check()
     asked, arrivals = with_rate(asked, arrivals)
     policies: tuple[PolicyName, ...] = POLICIES if compare_policies else (asked.options["policy"],)
     if virtual:

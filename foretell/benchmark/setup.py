@@ -55,7 +55,8 @@ class Subject:
         if longest > self.config.max_model_len:
             raise ConfigError(
                 f"workload {workload.name} has a request of {longest} tokens and the engine serves up to "
-                f"{self.config.max_model_len}: raise max_model_len or kv_cache_bytes, or cap the lengths"
+                f"{self.config.max_model_len}: cut the lengths (--max-input-len, --max-output-len), or raise "
+                "--max-model-len or --kv-cache-bytes"
             )
 
 

@@ -59,9 +59,7 @@ def timeline(points: Sequence[tuple[float, float]], seconds: float, width: int =
     return slices
 
 
-def cdf_rows(
-    values: Sequence[float], width: int = 40, percents: Sequence[int] = (10, 25, 50, 75, 90, 99)
-) -> list[str]:
+def cdf_rows(values: Sequence[float], width: int = 40) -> list[str]:
     """One bar per percentile, its length in proportion to the largest."""
     if not values:
         return []

@@ -35,7 +35,7 @@ def scaling(
       foretell bench scaling --layouts 1x1,1x2,3x1
       foretell bench scaling ./config-folder --load-format dummy --layouts 1x1,2x1,4x1 --workload decode-b32
     """
-    from foretell.benchmark.commands import finish
+    from foretell.benchmark.commands import check_writable, finish
     from foretell.benchmark.scaling import parse_layouts, run
     from foretell.cli.session import open_model
     from foretell.llm import LLM
@@ -45,6 +45,7 @@ def scaling(
     wanted = parse_layouts(layouts)
     traffic, options = what.traffic(), weights.options() | capacity.options()
     traffic.check()
+    check_writable(json_file)
     options["enable_prefix_caching"] = bool(options["enable_prefix_caching"])
     if options["device"] == "auto":
         options["device"] = "cpu"  # where ranks compute

@@ -77,11 +77,14 @@ def _undo(session: ChatSession, argument: str) -> None:
 
 
 def _retry(session: ChatSession, argument: str) -> None:
+    before = list(session.messages)
     question = session.undo()
     if question is None:
         say("(nothing to retry)")
         return
     session.ask(question)
+    if len(session.messages) < len(before):  # refused or stopped at once: what was there stays
+        session.messages = before
 
 
 def _set(session: ChatSession, argument: str) -> None:
@@ -164,7 +167,10 @@ def _load(session: ChatSession, argument: str) -> None:
         raise InvalidRequestError(f"{path} holds no conversation written by /save")
     system, given = talk.get("system"), talk.get("params")
     params = {k: v for k, v in given.items() if k in SETTABLE} if isinstance(given, dict) else session.params
-    sampling(**params)
+    try:
+        sampling(**params)
+    except TypeError:
+        raise InvalidRequestError(f"{path} holds parameters of a wrong type") from None
     session.params, session.messages = params, talk["messages"]
     session.system = system if isinstance(system, str) else None
     say(f"(loaded {len(session.messages)} messages from {path})")

@@ -44,11 +44,13 @@ def calibrate(weights: o.Weights, model: o.Model = DEFAULT_MODEL, output: Profil
       foretell calibrate gemma3-270m --profile gemma.json
       foretell calibrate ./config-folder --load-format dummy --device cuda
     """
+    from foretell.benchmark.commands import check_writable
     from foretell.cli.session import open_model
     from foretell.cost.calibrate import calibrate as measure
     from foretell.cost.named import own_path
     from foretell.progress import points_bar
 
+    check_writable(output)
     with open_model(model, **weights.options(), enable_prefix_caching=False) as llm:
         with points_bar("calibrating") as report:
             profile = measure(llm, report)
@@ -110,7 +112,7 @@ def simulate(
 
     objectives = b.objectives(slo)
     asked = Asked(model, capacity.options() | {"offline": offline or None}, what.traffic(), 1, json_file)
-    asked.traffic.check()
+    asked.check()
     asked, arrivals = with_rate(asked, when.arrivals())
     subject = virtual_subject(EngineOptions(model=model, **asked.engine_options()))
     found = open_profile(profile, subject.spec, model=subject.name, dtype=subject.dtype)

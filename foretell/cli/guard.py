@@ -22,10 +22,11 @@ class Commands(TyperGroup):
     """Commands whose usage errors are one line, as their other errors are, and say where help is."""
 
     def main(self, *args: Any, **more: Any) -> Any:
-        if not more.pop("standalone_mode", True):
-            return super().main(*args, **more, standalone_mode=False)
+        alone, more["standalone_mode"] = more.get("standalone_mode", True), False
+        if not alone:
+            return super().main(*args, **more)
         try:
-            code = super().main(*args, **more, standalone_mode=False)
+            code = super().main(*args, **more)
         except UsageError as error:
             message = (
                 error.format_message()

@@ -143,5 +143,5 @@ def report(llm: LLM, result: RequestOutput, *, json_output: bool, quiet: bool) -
         import json
 
         print(json.dumps(summary.as_dict(llm, result), ensure_ascii=False))
-    elif not quiet:
-        summary.print_summary(llm, result)
+    else:
+        summary.print_summary(llm, result, quiet=quiet)

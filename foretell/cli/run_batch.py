@@ -13,7 +13,7 @@ import typer
 from foretell.cli import options as o
 from foretell.cli.groups import grouped
 from foretell.cli.guard import say
-from foretell.errors import ConfigError
+from foretell.errors import ConfigError, UnavailableError
 from foretell.store.aliases import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def run_batch(
         list[str] | None, typer.Option(help="Name that the file uses for the model; may be repeated.")
     ] = None,
 ) -> None:
-    """Answer an OpenAI batch file: chat completions, completions and embeddings, as fast as the engine goes.
+    """Answer an OpenAI batch file: chat, responses, completions and embeddings, as fast as the engine goes.
 
     Each line is {"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}. A line that cannot be
     answered gets its error in its own place. Interrupted, the same command goes on where it stopped.
@@ -108,8 +108,11 @@ def _answer(llm: LLM, source: Path, target: Path, overwrite: bool, names: tuple[
             )  # fmt: skip
     except OSError as error:
         raise ConfigError(f"{error.filename or target}: {error.strerror}") from None
-    finally:
+    except (KeyboardInterrupt, UnavailableError):
         _report(tally, total, time.monotonic() - started)
+        say("run the same command again to go on")
+        raise
+    _report(tally, total, time.monotonic() - started)
 
 
 def _nothing(tokens: int) -> None:
@@ -123,5 +126,3 @@ def _report(tally: Tally, total: int, seconds: float) -> None:
         f"{tally.prompt_tokens:,} prompt and {tally.output_tokens:,} output tokens, "
         f"{tally.output_tokens / max(seconds, 1e-9):,.0f} output tok/s"
     )
-    if tally.skipped + tally.done < total:
-        say("run the same command again to go on")

@@ -131,7 +131,7 @@ def serve(
     config = ServerConfig(
         host=host,
         port=port,
-        api_keys=(*_nonempty(api_key), *_keys(api_key_file)),
+        api_keys=(*(api_key or ()), *_keys(api_key_file)),
         admin_api_keys=_keys(admin_key_file),
         allowed_hosts=tuple(allowed_host or ()),
         allow_anyone=allow_anyone,

@@ -79,14 +79,16 @@ def _token(llm: LLM, token_id: int) -> str | None:
     return None if llm.tokenizer is None else llm.tokenizer.token_text(token_id)
 
 
-def print_summary(llm: LLM, result: RequestOutput) -> None:
-    """On stderr, so that stdout holds the text alone."""
+def print_summary(llm: LLM, result: RequestOutput, *, quiet: bool = False) -> None:
+    """On stderr, so that stdout holds the text alone. When ``quiet``, only the log-probabilities, if asked for."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     logprobs = result.outputs[0].logprobs
     if logprobs:
         console.print(_logprob_table(llm, logprobs))
+    if quiet:
+        return
     assembly = llm.assembly
     kept = f"{assembly.weight_format} weights, {assembly.dtype} cache"
     console.rule(f"[dim]{assembly.files.name} · {kept} · {assembly.kernels} kernels[/dim]", style="dim")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foretell.benchmark.commands import encoder, finish
+from foretell.benchmark.commands import check_writable, encoder, finish
 from foretell.benchmark.latency import latency_table, offered_load
 from foretell.benchmark.traffic import Arrivals, Traffic
 from foretell.errors import ConfigError
@@ -54,6 +54,8 @@ class Asked:
 def run_serve(asked: Asked) -> None:
     """Everything that can be known to be wrong is found before the first request."""
     plot.check_plot_name(asked.plot_file)
+    for file in (asked.plot_file, asked.json_file):
+        check_writable(file)
     if asked.with_records and asked.json_file is None:
         raise ConfigError("--records go into the file that --json names: give it")
     asked.traffic.check()
@@ -107,7 +109,7 @@ async def _serve(asked: Asked, workload: Workload, tokenizer: Tokenizer | None) 
         if not interface.model:
             interface = replace(interface, model=await model_of(client))
         probed = await probe(client, interface)
-        prompts = _prompts(workload, tokenizer, probed)
+        prompts = _prompts(workload, tokenizer, probed, _variant(asked))
         _say_before(asked, workload, prompts, probed)
         if asked.warmup:
             await _warm_up(asked, client, probed.interface, prompts)
@@ -123,17 +125,16 @@ def _bar(total: int | None) -> Any:
     return generation_bar(total) if sys.stderr.isatty() else nullcontext()
 
 
-def _prompts(workload: Workload, tokenizer: Tokenizer | None, probed: Probed) -> PromptMaker:
+def _prompts(workload: Workload, tokenizer: Tokenizer | None, probed: Probed, variant: int) -> PromptMaker:
     if tokenizer is None:
-        return PromptMaker(
-            workload, tokens_per_word=probed.tokens_per_word or 1.0, overhead_tokens=probed.overhead_tokens or 0.0
-        )
+        per_word, overhead = probed.tokens_per_word or 1.0, probed.overhead_tokens or 0.0
+        return PromptMaker(workload, tokens_per_word=per_word, overhead_tokens=overhead, own_variant=variant)
     as_ids = probed.interface.endpoint == "completions"
-    return PromptMaker(workload, tokenizer, tokenizer.vocab_size, as_ids)
+    return PromptMaker(workload, tokenizer, tokenizer.vocab_size, as_ids, own_variant=variant)
 
 
 def _variant(asked: Asked) -> int:
-    """Of the workload's prompts; 0 is the trace's own, and below it stands the warm-up's."""
+    """Of the workload's prompts; below it stands the warm-up's."""
     return 2 + 2 * (asked.prompt_seed or 0)
 
 

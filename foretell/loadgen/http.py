@@ -181,7 +181,7 @@ class HttpClient:
                 _, connection = await loop.create_connection(Connection, target.host, target.port, ssl=self._ssl)
         except TimeoutError:
             raise HttpError("connect", f"no connection to {target.url} within {CONNECT_SECONDS:g} s") from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no resolver takes
             raise HttpError("connect", f"no connection to {target.url}: {_why(error)}") from None
         self.opened += 1
         return connection
@@ -200,5 +200,5 @@ async def fetch(client: HttpClient, message: bytes, *, seconds: float) -> tuple[
     return answer.status, b"".join(parts)
 
 
-def _why(error: OSError) -> Any:
-    return error.strerror or error
+def _why(error: Exception) -> Any:
+    return getattr(error, "strerror", None) or error

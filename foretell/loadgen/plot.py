@@ -26,7 +26,7 @@ STYLE = """
 
 @dataclass(slots=True)
 class Panel:
-    """One pair of axes. Values are in the units of the axes; ``top`` and ``right`` of 0 fit the data."""
+    """One pair of axes. ``left``, ``y``, ``width`` and ``height`` in pixels, values in the units of the axes."""
 
     title: str
     x_name: str

@@ -31,7 +31,8 @@ class PromptMaker:
 
     With a ``tokenizer`` lengths are exact and prompts are sent as token ids where the interface takes them.
     Without, a prompt is a run of common words, as many as ``tokens_per_word`` and ``overhead_tokens`` (a start
-    token, a chat template), both measured, say. What prompts share as token ids they share as words.
+    token, a chat template), both measured, say. What prompts share as token ids they share as words. What a trace
+    says in words is sent as ``own_variant``; other variants get words of as many tokens.
     """
 
     workload: Workload
@@ -40,11 +41,14 @@ class PromptMaker:
     as_ids: bool = False
     tokens_per_word: float = 1.0
     overhead_tokens: float = 0.0
+    own_variant: int = 0
 
     def prompt(self, index: int, variant: int = 0) -> str | list[int]:
         """Of request ``index``. Repeats with other variants share nothing with each other."""
         request = self.workload.requests[index]
-        if request.prompt_text is not None and not variant and not self.as_ids:
+        if request.prompt_text is not None and variant == self.own_variant:
+            if self.as_ids and request.prompt_token_ids is not None:
+                return list(request.prompt_token_ids)
             return request.prompt_text.encode("utf-8", "replace").decode()  # JSON files can hold lone surrogates
         if self.tokenizer is None:
             return self.words(request, index, variant)

@@ -35,15 +35,17 @@ class EventLines:
 
 
 class Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    refusal: str | None = None
+    """Each is text, or with some servers a list of parts: all that counts here is whether something is there."""
+
+    content: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    refusal: Any = None
     tool_calls: Any = None
 
 
 class Choice(msgspec.Struct):
-    text: str | None = None
+    text: Any = None
     delta: Delta | None = None
     finish_reason: str | None = None
 

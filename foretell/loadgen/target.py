@@ -31,6 +31,8 @@ class Target:
             raise ConfigError(f"--base-url {base_url!r} is no address: {error}") from None
         if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
             raise ConfigError(f"--base-url {base_url!r} is no address: write http://127.0.0.1:8000")
+        if url.username is not None or url.password is not None:
+            raise ConfigError("--base-url holds a user or password: a key goes into --api-key or OPENAI_API_KEY")
         if not base_url.isascii() or not base_url.isprintable() or " " in base_url:
             raise ConfigError("--base-url holds characters that no address has")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):

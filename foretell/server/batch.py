@@ -23,7 +23,7 @@ from foretell.errors import ConfigError, UnavailableError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 WINDOW = 4  # lines read ahead for each one under way: a slow answer holds back those behind it, not the engine
 WINDOW_BYTES = 64 << 20
 Advance = Callable[[int], None]
@@ -229,7 +229,7 @@ def _count(answer: dict[str, Any], tally: Tally) -> int:
         tally.errors[f"HTTP {response['status_code']}"] += 1
         return 0
     usage = response["body"].get("usage") or {}
-    tally.prompt_tokens += usage.get("prompt_tokens") or 0
-    tokens = usage.get("completion_tokens") or 0
+    tally.prompt_tokens += usage.get("prompt_tokens") or usage.get("input_tokens") or 0
+    tokens = usage.get("completion_tokens") or usage.get("output_tokens") or 0
     tally.output_tokens += tokens
     return int(tokens)

@@ -150,6 +150,7 @@ def test_online_keeps_a_traces_times(model, tmp_path):
         (("online", "--rate", "1", "--burstiness", "-1"), "must be above 0"),
         (("online", "--duration", "inf", "--rate", "2"), "finite"),
         (("online", "--slo", "ttft=soon"), "no list of objectives"),
+        (("offline", "--json", "/no/such/folder/x"), "cannot be written"),
         # what would change nothing is refused, not ignored
         (("offline", "--workload", "cpu-16", "--input-len", "5"), "--max-input-len"),
         (("offline", "--trace-format", "azure"), "--trace"),

@@ -145,6 +145,9 @@ def test_stop_strings_and_logprob_table(cli: CliRunner, shared: LLM) -> None:
     assert "stop ('Paris')" in result.stderr
     assert "likeliest" in result.stderr
     assert "rank" in result.stderr
+    quiet = cli.invoke(app, [*command, "--quiet"])  # leaves the summary out, not what was asked for
+    assert "likeliest" in quiet.stderr
+    assert "TTFT" not in quiet.stderr
 
 
 def test_seeds_repeat(cli: CliRunner, shared: LLM) -> None:

@@ -47,14 +47,16 @@ def test_answers_are_the_servers_in_the_order_of_the_questions(tiny: Any, tmp_pa
     bodies = [COMPLETION | {"prompt": f"{i}", "max_tokens": 20 - i} for i in range(20)]
     lines = [line(f"id-{i}", body=body) for i, body in enumerate(bodies)]
     lines.append(line("chat", "/v1/chat/completions", CHAT))
+    respond = {"input": "hi", "max_output_tokens": 3, "ignore_eos": True, "temperature": 0}
+    lines.append(line("respond", "/v1/responses", respond))
     embed = {"input": "hello"}
     lines.append(line("embed", "/v1/embeddings", embed))
     source.write_text("\n\n".join(lines))
     tally = answer_all(tiny, source, target)
     answers = read(target)
-    assert [a["custom_id"] for a in answers] == [f"id-{i}" for i in range(20)] + ["chat", "embed"]
-    assert [(a["error"], a["response"]["status_code"]) for a in answers[:-1]] == [(None, 200)] * 21
-    assert len({a["id"] for a in answers}) == len({a["response"]["request_id"] for a in answers}) == 22
+    assert [a["custom_id"] for a in answers] == [f"id-{i}" for i in range(20)] + ["chat", "respond", "embed"]
+    assert [(a["error"], a["response"]["status_code"]) for a in answers[:-1]] == [(None, 200)] * 22
+    assert len({a["id"] for a in answers}) == len({a["response"]["request_id"] for a in answers}) == 23
     for body, answer in zip(bodies, answers, strict=False):
         alone = request(tiny, "POST", "/v1/completions", json=body).json()
         assert answer["response"]["body"]["choices"] == alone["choices"]
@@ -62,7 +64,7 @@ def test_answers_are_the_servers_in_the_order_of_the_questions(tiny: Any, tmp_pa
     alone = request(tiny, "POST", "/v1/embeddings", json=embed)
     assert answers[-1]["response"]["status_code"] == alone.status_code == 200
     assert answers[-1]["response"]["body"] == alone.json()
-    assert (tally.done, tally.output_tokens) == (22, sum(20 - i for i in range(20)) + 3)
+    assert (tally.done, tally.output_tokens) == (23, sum(20 - i for i in range(20)) + 3 + 3)
 
 
 WRONG = {
@@ -199,3 +201,8 @@ def test_the_command(tmp_path: Path) -> None:
     same = CliRunner().invoke(cli, ["run-batch", "-i", str(source), "-o", str(source)])
     assert same.exit_code == 1
     assert "same file" in same.stderr
+    target.write_text('{"custom_id": "z"}\n')
+    other = CliRunner().invoke(cli, args)
+    assert other.exit_code == 1
+    assert other.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "go on" not in other.stderr  # the same command would say the same

@@ -141,6 +141,8 @@ def test_engine_options_mean_the_same_to_every_command() -> None:
         (["chat", "no-such-model"], "no known model"),
         (["chat", "--min-p", "2"], "min_p"),
         (["inspect", "no-such-model"], "no known model"),
+        (["calibrate", "no-such-model", "--profile", "/no/such/folder/x"], "cannot be written"),
+        (["serve", "--api-key", ""], "API key"),  # as in --api-key "$UNSET", which must not open the server
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,24 @@ def test_undo_takes_back_question_and_answer(session: ChatSession) -> None:
     assert session.messages == []
 
 
+@dataclass(slots=True)
+class Answering(ChatSession):
+    """A conversation whose model says ``answer``, or refuses when there is none."""
+
+    answer: str = ""
+
+    def ask(self, text: str) -> None:
+        if self.answer:
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": self.answer}]
+
+
+@pytest.mark.parametrize(("answer", "then"), [("two!", "two!"), ("", "2")])
+def test_a_retry_that_comes_to_nothing_keeps_what_was_there(session: ChatSession, answer: str, then: str) -> None:
+    talk = Answering(session.llm, {}, messages=list(session.messages), answer=answer)
+    run_command(talk, "/retry")
+    assert [m["content"] for m in talk.messages] == ["one", "1", "two", then]
+
+
 def test_reset_keeps_the_system_message(session: ChatSession) -> None:
     run_command(session, "/reset")
     assert session.conversation() == [{"role": "system", "content": "be brief"}]
@@ -93,7 +112,8 @@ def test_save_and_load(session: ChatSession, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [b"", b"[]", b"{", b'{"messages": 3}', b'{"messages": [{"role": "root", "content": "x"}]}', b"\xff\xfe",
-     b'{"messages": [{"role": "user", "content": 5}]}', b'{"messages": [], "params": {"temperature": -5}}'],
+     b'{"messages": [{"role": "user", "content": 5}]}', b'{"messages": [], "params": {"temperature": -5}}',
+     b'{"messages": [], "params": {"stop": 5}}', b'{"messages": [], "params": {"temperature": "hot"}}'],
 )  # fmt: skip
 def test_a_bad_file_changes_nothing(
     session: ChatSession, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]

@@ -219,6 +219,15 @@ def test_a_server_that_is_not_there():
     assert drive(server, workload(0.0)).errors() == {"connect": 1}
 
 
+def test_a_name_that_no_resolver_takes():
+    async def main():
+        with closing(HttpClient(Target.parse("http://a..b"))) as client:
+            await model_of(client)
+
+    with pytest.raises(ForetellError, match="no connection to"):
+        run_loop(main())
+
+
 def test_a_request_has_a_time_limit_and_the_server_sees_it_leave():
     left = threading.Event()
 
@@ -245,6 +254,15 @@ def test_a_connection_that_closed_while_idle_is_replaced():
         run = drive(server, workload(*[0.0] * 6), Pace(closed=True, max_concurrency=1))
     assert run.errors() == {}
     assert len(run.sent) == 6
+
+
+def test_pieces_that_come_as_lists_count_as_tokens():
+    """Some servers send a model's reasoning as parts of a list where OpenAI sends a text."""
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+    reader = StreamReader()
+    for delta in ({"role": "assistant", "content": ""}, {"content": parts}, {"content": "So."}):
+        reader.push(b"data: " + json.dumps({"choices": [{"delta": delta}]}).encode() + b"\n\n", 1.0)
+    assert len(reader.token_times) == 2
 
 
 def test_a_body_without_a_length_ends_with_the_connection():
@@ -399,7 +417,17 @@ def test_addresses(text, path, host):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "127.0.0.1:8000", "ftp://h", "http://", "http://h:99999", "http://h/ x", "http://h/\r\nX: y", "http://h?q"],
+    [
+        "",
+        "127.0.0.1:8000",
+        "ftp://h",
+        "http://",
+        "http://h:99999",
+        "http://h/ x",
+        "http://h/\r\nX: y",
+        "http://h?q",
+        "http://user:secret@h",
+    ],
 )
 def test_what_is_no_address(text):
     with pytest.raises(ConfigError, match="--base-url"):
@@ -460,6 +488,28 @@ def test_a_second_run_does_not_live_off_the_first_ones_cache():
     assert len(set(different)) == len(different) == 4 * (3 + 3)
 
 
+def test_a_traces_own_texts_are_what_is_sent(tmp_path):
+    """And nothing else of them before, or the run would find its beginnings in the server's cache."""
+    trace = tmp_path / "talk.json"
+    texts = [f"What, if you please, is the meaning of number {i}?" for i in range(5)]
+    trace.write_text(json.dumps([{"conversations": [{"value": t}, {"value": "None at all."}]} for t in texts]))
+    with ScriptedServer() as server:
+        result = bench("--base-url", server.url, "--trace", str(trace), "--max-concurrency", "1")
+        prompts = [body["prompt"] for body in server.bodies]
+    assert result.exit_code == 0, result.output
+    assert "the trace's own texts" in result.output
+    assert prompts[-5:] == texts
+    assert not set(prompts[:-5]) & set(texts)
+
+
+def test_a_tokenizer_sends_a_traces_own_token_ids():
+    requests = (TraceRequest(3, 1, prompt_token_ids=[5, 6, 7], prompt_text="abc"), TraceRequest(2, 1))
+    maker = PromptMaker(Workload("", "", requests), object(), 5000, as_ids=True, own_variant=4)
+    assert maker.prompt(0, 4) == [5, 6, 7]
+    assert maker.prompt(0, 5) != [5, 6, 7]
+    assert len(maker.prompt(1, 4)) == 2
+
+
 def test_a_warm_up_that_fails_says_so():
     def script(exchange):
         if 2 <= exchange.number < 6:
@@ -492,6 +542,8 @@ def test_chunks_count_where_the_server_does_not():
         (["--extra-body", "[1]"], "JSON object"),
         (["--base-url", "localhost:8000"], "--base-url"),
         (["--ramp-to", "3", "--max-concurrency", "2"], "closed loop"),
+        (["--json", "/no/such/folder/run.json"], "cannot be written"),
+        (["--plot", "/no/such/folder/run.svg"], "cannot be written"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_sent(args, why):
