@@ -13,7 +13,7 @@ from foretell.server.answers import raise_if_failed
 from foretell.server.chat import ChatDelta, ChatRequest, chat_deltas, check_template_kwargs, prompt_ids_aside
 from foretell.server.conversation import since, turn_starts
 from foretell.server.sampling import check_count, refused
-from foretell.server.structured import check_schema_size
+from foretell.server.structured import check_schema_size, check_tools_size
 
 if TYPE_CHECKING:
     from foretell.server.chat import ToolChoice
@@ -93,7 +93,7 @@ def function_tool(name: str, description: str | None, parameters: dict[str, Any]
 def check_tools(tools: Sequence[dict[str, Any]], choice: ToolChoice, config: ServerConfig) -> None:
     """ApiError for too many, too large, two of one name, or a choice of what is not there."""
     check_count("tools", len(tools), config.max_tools, "entries")
-    check_schema_size("tools", list(tools), config, inner=3)  # a tool wraps its schema in a few levels of its own
+    check_tools_size(list(tools), config)
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) != len(names):
         raise refused("tools", "two tools have the same name")

@@ -69,5 +69,8 @@ def _check_host(host: str, config: ServerConfig) -> None:
         return
     if not (is_loopback(name) or name in config.allowed_hosts or host in config.allowed_hosts):
         raise ApiError(
-            403, "this server has no API key and answers local names only: use 127.0.0.1", code="host_not_allowed"
+            403,
+            "this server has no API key and answers local names only: use 127.0.0.1, "
+            "or start it with an API key or --allowed-host",
+            code="host_not_allowed",
         )

@@ -98,7 +98,7 @@ def prompt_ids(engine: TextEngine, request: ChatRequest) -> list[int]:
 
 async def prompt_ids_aside(engine: TextEngine, request: ChatRequest) -> list[int]:
     """The same; what may take long is worked on in a thread, so that others are not held up."""
-    chars = sum(_chars(message.get("content")) for message in request.messages)
+    chars = sum(map(_chars, request.messages))
     if chars > _THREAD_CHARS or request.tools or request.template_kwargs:
         return await asyncio.to_thread(prompt_ids, engine, request)
     return prompt_ids(engine, request)
@@ -211,5 +211,7 @@ def _template_source(engine: TextEngine) -> str:
     return "" if chosen is None else chosen.source
 
 
-def _chars(content: object) -> int:
-    return 256 + len(content) if isinstance(content, str) else 1024
+def _chars(message: Message) -> int:
+    """About as many characters as it takes; calls of tools, whose arguments have any size, count as many."""
+    texts = sum(len(value) for value in message.values() if isinstance(value, str))
+    return 256 + texts + (_THREAD_CHARS if message.get("tool_calls") else 0)

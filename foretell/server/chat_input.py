@@ -8,7 +8,7 @@ from foretell.server.errors import ApiError
 from foretell.server.limits import parse_json
 from foretell.server.protocol.chat import ChatMessage, ForeignPart, NamedTool, TextPart
 from foretell.server.sampling import check_count, refused
-from foretell.server.structured import check_schema_size
+from foretell.server.structured import check_tools_size
 
 if TYPE_CHECKING:
     from foretell.server.chat import ToolChoice
@@ -30,6 +30,8 @@ def _message(number: int, message: ChatMessage, config: ServerConfig) -> dict[st
     for name in ("name", "tool_call_id", "reasoning_content"):
         if getattr(message, name) is not None:
             made[name] = getattr(message, name)
+    if message.reasoning is not None:
+        made.setdefault("reasoning_content", message.reasoning)
     if message.tool_calls:
         made["tool_calls"] = [
             {
@@ -49,13 +51,18 @@ def _text(number: int, content: str | list[TextPart | ForeignPart] | None) -> st
     for part in content:
         text = (part.text if part.type == "text" else part.refusal) if isinstance(part, TextPart) else None
         if text is None:
-            raise refused(
-                f"messages.{number}.content",
-                f"messages.{number}: this model reads text only, and a content part of type {part.type[:40]!r} "
-                "is none; nothing is fetched or opened",
-            )
+            raise refused(f"messages.{number}.content", f"messages.{number}: {_why_no_text(part)}")
         texts.append(text)
     return "\n".join(texts)
+
+
+def _why_no_text(part: TextPart | ForeignPart) -> str:
+    if part.type in ("text", "refusal"):
+        return f"a content part of type {part.type!r} holds {part.type} as a string, and marks for a cache at most"
+    return (
+        f"this model reads text only, and a content part of type {part.type[:40]!r} is none; "
+        "nothing is fetched or opened"
+    )
 
 
 def _arguments(number: int, call: Any, config: ServerConfig) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def tools_of(
     """OpenAI's tool objects, and what is chosen among them."""
     made = [tool.model_dump(exclude_none=True) for tool in tools or ()]
     check_count("tools", len(made), config.max_tools, "entries")
-    check_schema_size("tools", made, config, inner=3)  # a tool wraps its schema in a few levels of its own
+    check_tools_size(made, config)
     names = [tool["function"]["name"] for tool in made]
     if len(set(names)) != len(names):
         raise refused("tools", "two tools have the same name")

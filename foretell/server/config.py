@@ -49,7 +49,8 @@ class ServerConfig:
     max_bad_words: int = 128
     max_token_list: int = 4096  # entries of logit_bias, allowed_token_ids and stop_token_ids
     max_tools: int = 128
-    max_schema_bytes: int = 64 << 10  # a JSON schema, regex, grammar or list of choices; all tools together
+    max_tool_bytes: int = 1 << 20  # all tools together; coding agents describe theirs in 50 to 200 KiB
+    max_schema_bytes: int = 64 << 10  # a JSON schema, regex, grammar or list of choices
     max_schema_depth: int = 32
     max_template_kwargs: int = 16
     max_queue: int = 1024  # unfinished requests; one more gets 429

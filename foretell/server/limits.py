@@ -131,24 +131,36 @@ def validate(model: type[Model], value: Any) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error, value) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
 
 
-def invalid(error: ValidationError) -> ApiError:
-    """The most telling of pydantic's complaints: of a union, the branch that got furthest."""
+def invalid(error: ValidationError, value: Any) -> ApiError:
+    """The most telling of pydantic's complaints about ``value``: of a union, the branch that got furthest, and there
+    rather what is wrong with a value of the right type."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
-    fault = max(faults, key=lambda f: (f["type"] == "extra_forbidden", len(f["loc"])))
-    names = [str(part) for part in fault["loc"] if not isinstance(part, str) or "[" not in part]
-    param = ".".join(names)[:200] or None
-    if fault["type"] == "extra_forbidden":
+    fault = max(
+        faults, key=lambda f: (f["type"] == "extra_forbidden", len(f["loc"]), not f["type"].endswith("_type"))
+    )
+    param = _field(fault["loc"], value, missing=fault["type"] == "missing")
+    if fault["type"] in ("extra_forbidden", "none_required"):
         return ApiError(
             400, f"{param} is not a parameter that this server supports", param=param, code="unsupported_parameter"
         )
     message = fault["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:400]
     return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")
+
+
+def _field(location: tuple[int | str, ...], value: Any, *, missing: bool) -> str | None:
+    """The names on the way to a fault, without pydantic's own for the branches of unions."""
+    names = []
+    for part in location:
+        if isinstance(part, int) if isinstance(value, list) else isinstance(value, dict) and part in value:
+            names.append(str(part))
+            value = value[part]
+    return ".".join([*names, str(location[-1])] if missing else names)[:200] or None
 
 
 def _bad(why: str) -> ApiError:

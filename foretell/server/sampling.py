@@ -49,6 +49,16 @@ def sampling_params(
     return SamplingParams(**given)
 
 
+def max_tokens_of(fields: SamplingFields) -> int | None:
+    """max_tokens, under either of its names; ApiError if they differ."""
+    old, new = fields.max_tokens, fields.max_completion_tokens
+    if old is not None and new not in (None, old):
+        raise refused(
+            "max_tokens", f"max_tokens={old} and max_completion_tokens={new} contradict each other: give one"
+        )
+    return new if old is None else old
+
+
 def check_count(name: str, count: int, limit: int, unit: str = "") -> None:
     if count > limit:
         raise refused(name, f"{name} is limited to {limit}{' ' + unit if unit else ''} here, got {count}")

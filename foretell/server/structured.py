@@ -52,16 +52,22 @@ def _asked(fields: SamplingFields) -> list[tuple[str, StructureKind, Any]]:
     return [entry for entry in stated if entry[2] is not None]
 
 
-def check_schema_size(param: str, value: Any, config: ServerConfig, *, inner: int = 0) -> str:
-    """``value`` as text, if it is within max_schema_bytes and max_schema_depth, which starts ``inner`` levels in."""
+def check_schema_size(param: str, value: Any, config: ServerConfig) -> str:
+    """``value`` as text, if it is within max_schema_bytes and max_schema_depth."""
+    return _text_within(param, value, config.max_schema_bytes, config.max_schema_depth)
+
+
+def check_tools_size(tools: list[dict[str, Any]], config: ServerConfig) -> None:
+    """ApiError if they are beyond max_tool_bytes, or their schemas, a few levels in, beyond max_schema_depth. How
+    large the schemas may be is asked when a call is required, for they are compiled only then."""
+    _text_within("tools", tools, config.max_tool_bytes, config.max_schema_depth, inner=3)
+
+
+def _text_within(param: str, value: Any, max_bytes: int, max_depth: int, *, inner: int = 0) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     size = len(text.encode())
-    if size > config.max_schema_bytes:
-        raise ApiError(
-            400, f"{param} has {size} bytes and {config.max_schema_bytes} are allowed", param=param, code="too_large"
-        )
-    if depth(value, config.max_schema_depth + inner) > config.max_schema_depth + inner:
-        raise ApiError(
-            400, f"{param} is nested deeper than {config.max_schema_depth} levels", param=param, code="too_deep"
-        )
+    if size > max_bytes:
+        raise ApiError(400, f"{param} has {size} bytes and {max_bytes} are allowed", param=param, code="too_large")
+    if depth(value, max_depth + inner) > max_depth + inner:
+        raise ApiError(400, f"{param} is nested deeper than {max_depth} levels", param=param, code="too_deep")
     return text

@@ -137,7 +137,7 @@ def test_earlier_tool_calls_reach_the_template_as_objects() -> None:
         ({"messages": [{"role": "wizard", "content": "x"}]}, "role"), ({"messages": [{}]}, "role"),
         ({"messages": HELLO * 5000}, "messages"), ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"top_logprobs": 3}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
-        ({"logprobs": 3}, "logprobs"), ({"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens"),
+        ({"logprobs": 3}, "logprobs"), ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"), ({"tool_choice": "required"}, "tool_choice"),
         ({"modalities": ["text", "audio"]}, "modalities"), ({"store": True}, "store"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),

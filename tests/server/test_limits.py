@@ -53,7 +53,7 @@ LIMITS: list[tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]] = [
     ({"max_token_list": 2}, "completions", {"stop_token_ids": [1, 2]}, {"stop_token_ids": [1, 2, 3]}),
     ({"max_tools": 1}, "chat", {"tools": [tool("a")]}, {"tools": [tool("a"), tool("b")]}),
     ({"max_schema_depth": 3}, "chat", {"tools": [tool("a", 3)]}, {"tools": [tool("a", 4)]}),
-    ({"max_schema_bytes": 200}, "chat", {"tools": [tool("a")]}, {"tools": [tool("a" * 64), tool("b" * 64)]}),
+    ({"max_tool_bytes": 200}, "chat", {"tools": [tool("a")]}, {"tools": [tool("a" * 64), tool("b" * 64)]}),
     ({"max_schema_bytes": 9}, "completions", {"guided_regex": "[a-c]{1}"}, {"guided_regex": "[a-c]{1,5}"}),
     ({"max_schema_depth": 2}, "completions", {"guided_json": {"type": "object"}},
      {"guided_json": {"properties": {"a": {"type": "object"}}}}),

@@ -157,7 +157,7 @@ def test_responses_refuses_by_name(body: dict[str, Any], param: str, words: str)
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0", "web_search_20250305"),
         ({"tool_choice": {"type": "function"}}, "tool_choice", "'function' is not supported"),
         ({"container": "c"}, "container", "not supported"),
-        ({"output_config": {"effort": "high"}}, "output_config.effort", "not supported"),
+        ({"output_config": {"effort": "low"}}, "output_config.effort", "'high'"),
         ({"temperature": 1.5}, "temperature", "less than or equal to 1"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"mcp_servers": []}, "mcp_servers", "not a parameter"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -43,6 +44,11 @@ OTHERS = [
         + ARGS["city"].replace("</tool_call>", "x")  # type: ignore[attr-defined]
         + "\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
     ),
+    (
+        "hermes",  # quotes that do not come in pairs, and the end marker within a text
+        '<tool_call>\n<function=weather>\n<parameter=city>\nZürich, 5" of snow</tool_call>\n</parameter>\n'
+        "</function>\n</tool_call>",
+    ),
     ("llama3", "<|python_tag|>" + WHOLE["llama3"]),
     ("mistral", f"[TOOL_CALLS]weather[ARGS]{JSON_ARGS}"),
     ("mistral", f"[TOOL_CALLS]weather{JSON_ARGS}"),
@@ -81,6 +87,24 @@ def test_its_other_spellings_are_read(name: str, text: str) -> None:
     assert shown == ""
     assert [c[0] for c in calls] == ["weather"]
     assert calls[0][1]["city"].startswith("Zürich")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call><function=f>" + "<parameter=a>" * 40_000 + "</function></tool_call>",
+        "<tool_call>" + "<function=" * 40_000 + "</tool_call>",
+        "<｜tool▁calls▁begin｜>" + "<｜tool▁call▁begin｜>" * 40_000 + "<｜tool▁calls▁end｜>",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_beginnings_without_ends_are_read_once(text: str) -> None:
+    """An answer can be made to repeat what a reader looks for: work grows with its length, not with its square
+    (which took minutes here)."""
+    name = "hermes" if text.startswith("<tool_call>") else "deepseek"
+    started = time.process_time()
+    assert parse(name, [text]) == (text, [])
+    assert time.process_time() - started < 8  # of work, whatever else the machine does
 
 
 @pytest.mark.parametrize("name", ["hermes", "mistral", "granite", "deepseek"])

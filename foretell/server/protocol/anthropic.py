@@ -7,16 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from foretell.server.protocol.base import Request
+from foretell.server.protocol.caching import CacheControl
 from foretell.server.protocol.chat import Name
 from foretell.server.protocol.extras import Extras
 from foretell.server.protocol.variants import kind_tag, one_or_many, only, unsupported
-
-
-class CacheControl(Request):
-    """Accepted; prefix caching is automatic here and needs no marks."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
 
 
 class TextBlockIn(Request):
@@ -158,7 +152,19 @@ class OutputFormatIn(Request):
 
 class OutputConfig(Request):
     format: Annotated[OutputFormatIn, BeforeValidator(only("the format", "json_schema"))] | None = None
-    effort: Annotated[None, BeforeValidator(unsupported("a model here has one effort"))] = None
+    effort: Literal["high"] | None = None
+    """The interface's default; a model here has one effort."""
+
+
+class KeepThinking(Request):
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+class ContextManagement(Request):
+    """Nothing is taken out of a conversation here: only what asks for nothing to be is accepted."""
+
+    edits: list[Annotated[KeepThinking, BeforeValidator(only("the edit", "clear_thinking_20251015"))]] | None = None
 
 
 class CountTokensRequest(Extras):
@@ -172,6 +178,7 @@ class CountTokensRequest(Extras):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
+    context_management: ContextManagement | None = None
     speed: Literal["standard"] | None = None
 
 

@@ -7,15 +7,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from foretell.server.protocol.base import Request
-from foretell.server.protocol.sampling import Natural, Positive, SamplingFields
+from foretell.server.protocol.caching import CacheBreakpoint, CacheControl
+from foretell.server.protocol.sampling import Natural, SamplingFields
 
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
 class TextPart(Request):
+    """Marks for a cache are accepted; prefix caching is automatic here."""
+
     type: Literal["text", "refusal"]
     text: str | None = None
     refusal: str | None = None
+    cache_control: CacheControl | None = None
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
 
 
 class ForeignPart(Request, extra="allow"):
@@ -49,6 +54,10 @@ class ChatMessage(Request):
     tool_calls: list[CalledTool] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """Another name for reasoning_content."""
+    type: Literal["text", "message"] | None = None
+    """Some clients name what can be nothing else."""
     refusal: str | None = None
     annotations: list[Any] | None = None
     audio: None = None
@@ -78,7 +87,6 @@ class NamedTool(Request):
 
 class ChatCompletionRequest(SamplingFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Natural | None = None
     tools: list[ChatTool] | None = None
@@ -98,6 +106,7 @@ class ChatCompletionRequest(SamplingFields):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     audio: None = None
     prediction: None = None
     web_search_options: None = None
@@ -106,3 +115,7 @@ class ChatCompletionRequest(SamplingFields):
     reasoning_effort: None = None
     verbosity: None = None
     chat_template: None = None
+    documents: None = None
+    include_reasoning: Literal[True] | None = None
+    """Reasoning stands in the text, where the model writes it."""
+    mm_processor_kwargs: None = None

@@ -7,18 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from foretell.server.protocol.base import Request
+from foretell.server.protocol.caching import CacheBreakpoint
 from foretell.server.protocol.chat import Name
 from foretell.server.protocol.extras import Extras
 from foretell.server.protocol.variants import kind_tag, one_or_many, only, unsupported
 
 Status = Literal["in_progress", "completed", "incomplete"]
-
-
-class CacheBreakpoint(Request):
-    """Accepted; prefix caching is automatic here."""
-
-    mode: Literal["explicit"]
-    ttl: Literal["30m", "12h"] | None = None
 
 
 class InputText(Request):

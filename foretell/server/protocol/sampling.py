@@ -33,6 +33,8 @@ class SamplingFields(Request):
     stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
     max_tokens: Natural | None = None
     """For completions 16 unless said otherwise; for chat to the end of the context."""
+    max_completion_tokens: Positive | None = None
+    """The newer name of max_tokens; who gives both must mean the same."""
     response_format: ResponseFormat | None = None
     user: str | None = None
     """Accepted from OpenAI's clients; changes nothing."""
@@ -65,6 +67,17 @@ class SamplingFields(Request):
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
     guided_grammar: str | None = None
+
+    # what vLLM's clients spell out as null when they do not use it
+    cache_salt: None = None
+    guided_decoding_backend: None = None
+    guided_whitespace_pattern: None = None
+    kv_transfer_params: None = None
+    logits_processors: None = None
+    request_id: None = None
+    structural_tag: None = None
+    truncate_prompt_tokens: None = None
+    vllm_xargs: None = None
 
     timeout_seconds: Annotated[float, Field(gt=0, le=86400)] | None = None
     """The request's deadline, up to the server's maximum."""

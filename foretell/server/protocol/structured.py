@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from foretell.server.protocol.base import Request
+from foretell.server.protocol.variants import only
 
 
 class TextFormat(Request):
@@ -31,7 +32,11 @@ class JsonSchemaFormat(Request):
     json_schema: JsonSchema
 
 
-ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat,
+    Field(discriminator="type"),
+    BeforeValidator(only("the response_format", "text", "json_object", "json_schema")),
+]
 
 
 class StructuredOutputs(Request):
@@ -42,3 +47,9 @@ class StructuredOutputs(Request):
     choice: list[str] | None = Field(None, min_length=1)
     grammar: str | None = None
     json_object: bool | None = None
+    disable_fallback: bool | None = None
+    """There is none: a form that cannot be followed is refused."""
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
+    whitespace_pattern: None = None
+    structural_tag: None = None

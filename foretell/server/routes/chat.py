@@ -29,7 +29,7 @@ from foretell.server.openapi import ENGINE_ERRORS, describe
 from foretell.server.protocol.chat import ChatCompletionRequest
 from foretell.server.protocol.chat_answers import ChatCompletion, ChatCompletionChunk
 from foretell.server.responses import json_response
-from foretell.server.sampling import check_count, refused, sampling_params
+from foretell.server.sampling import check_count, max_tokens_of, refused, sampling_params
 from foretell.server.sse import DONE, EventStream, event, unless_gone
 
 router = APIRouter()
@@ -66,13 +66,11 @@ async def prepare(server: Server, body: ChatCompletionRequest, request_id: str) 
 
 def chat_request(body: ChatCompletionRequest, server: Server) -> ChatRequest:
     config = server.config
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise refused("max_tokens", "max_tokens and max_completion_tokens are the same thing: give one")
     if body.max_tokens == 0:
         raise refused("max_tokens", "max_tokens must be at least 1")
     if body.stream and body.prompt_logprobs is not None:
         raise refused("prompt_logprobs", "prompt_logprobs needs stream=false: no chunk has a place for them")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise refused("top_logprobs", "top_logprobs needs logprobs=true")
     kwargs = body.chat_template_kwargs or {}
     check_count("chat_template_kwargs", len(kwargs), config.max_template_kwargs, "entries")
@@ -81,7 +79,7 @@ def chat_request(body: ChatCompletionRequest, server: Server) -> ChatRequest:
     params = sampling_params(
         body,
         config,
-        max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
+        max_tokens=max_tokens_of(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     return ChatRequest(

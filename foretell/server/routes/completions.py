@@ -20,7 +20,7 @@ from foretell.server.merge import merged
 from foretell.server.openapi import ENGINE_ERRORS, describe
 from foretell.server.protocol.completions import CompletionChunk, CompletionRequest, CompletionResponse
 from foretell.server.responses import json_response
-from foretell.server.sampling import check_count, refused, sampling_params
+from foretell.server.sampling import check_count, max_tokens_of, refused, sampling_params
 from foretell.server.sse import DONE, EventStream, event, unless_gone
 from foretell.service import Update
 
@@ -51,7 +51,8 @@ async def prepare(server: Server, body: CompletionRequest, request_id: str) -> J
     """Everything that can be wrong is found here, before anything is queued."""
     config, engine = server.config, server.engine
     model = server.check_model(body.model)
-    max_tokens = 16 if body.max_tokens is None else body.max_tokens
+    max_tokens = max_tokens_of(body)
+    max_tokens = 16 if max_tokens is None else max_tokens
     if max_tokens == 0 and not body.echo:
         raise refused("max_tokens", "max_tokens=0 needs echo=true: there would be no answer")
     params = sampling_params(body, config, max_tokens=max_tokens or 1, logprobs=body.logprobs)

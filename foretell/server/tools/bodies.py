@@ -19,7 +19,8 @@ class Body(Protocol):
 
 
 class EnclosedBody:
-    """Up to an end marker that stands outside of any JSON string."""
+    """Up to an end marker that stands outside of any JSON string; or, where the body is ``<function=…>…</function>``,
+    whose parameters are plain text with any quotes, right behind its end."""
 
     def __init__(self, end: str) -> None:
         self._end = end
@@ -35,12 +36,17 @@ class EnclosedBody:
         while (at := self._text.find(self._end, start)) >= 0:
             self._strings.feed(self._text[self._scanned : at])
             self._scanned = at
-            if not self._strings.inside:
+            if self._may_end(at):
                 self._text = self._text[:at]
                 self._ended = True
                 return at + len(self._end) - before
             start = at + 1
         return None
+
+    def _may_end(self, at: int) -> bool:
+        if self._text.lstrip().startswith("<function="):
+            return self._text[max(0, at - 32) : at].rstrip().endswith("</function>")
+        return not self._strings.inside
 
     def read(self) -> str:
         return self._text

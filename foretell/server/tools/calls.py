@@ -15,11 +15,10 @@ MAX_BODY_CHARS: Final = 1 << 20
 MAX_PYTHONIC_CHARS: Final = 64 << 10
 MAX_PYTHONIC_DEPTH: Final = 32
 
-_DEEPSEEK_CALL: Final = re.compile(
-    r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)(?:<｜tool▁call▁end｜>|$)", re.DOTALL
-)
-_XML_CALL: Final = re.compile(r"\s*<function=([^>\s]+)>(.*)</function>\s*", re.DOTALL)
-_XML_PARAMETER: Final = re.compile(r"\s*<parameter=([^>\s]+)>(.*?)</parameter>", re.DOTALL)
+_CALL_BEGIN, _CALL_SEP, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+_XML_CALL: Final = re.compile(r"\s*<function=([^>\s]{1,256})>(.*)</function>\s*", re.DOTALL)
+_XML_PARAMETER: Final = re.compile(r"\s*<parameter=([^>\s]{1,256})>")
+_XML_PARAMETER_END: Final = "</parameter>"
 _DOTTED: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _NAMED: Final = re.compile(r"\s*([^\s\[{]+)\s*(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
 
@@ -58,13 +57,14 @@ def read_json_or_xml(body: str) -> list[Call] | None:
     found = _XML_CALL.fullmatch(body)
     if found is None:
         return read_json(body)
-    arguments, end = {}, 0
-    for parameter in _XML_PARAMETER.finditer(found[2]):
-        if found[2][end : parameter.start()].strip():
+    arguments, text, at = {}, found[2], 0
+    while (parameter := _XML_PARAMETER.match(text, at)) is not None:  # one after the other: a search would start
+        end = text.find(_XML_PARAMETER_END, parameter.end())  # again at every one that has no end
+        if end < 0:
             return None
-        arguments[parameter[1]] = _plain_value(parameter[2])
-        end = parameter.end()
-    return None if found[2][end:].strip() else _all([_made(found[1], arguments)])
+        arguments[parameter[1]] = _plain_value(text[parameter.end() : end])
+        at = end + len(_XML_PARAMETER_END)
+    return None if text[at:].strip() else _all([_made(found[1], arguments)])
 
 
 def read_named(body: str) -> list[Call] | None:
@@ -75,17 +75,20 @@ def read_named(body: str) -> list[Call] | None:
 
 def read_deepseek(body: str) -> list[Call] | None:
     """Calls between their own tags: ``name SEP {…}``, or ``function SEP name`` and the arguments in a code fence."""
-    calls, end = [], 0
-    for found in _DEEPSEEK_CALL.finditer(body):
-        if body[end : found.start()].strip():
+    before, *rest = body.split(_CALL_BEGIN)
+    if before.strip():
+        return None
+    calls = []
+    for text in rest:
+        call, _, after = text.partition(_CALL_END)
+        name, separator, arguments = call.partition(_CALL_SEP)
+        if not separator or after.strip():
             return None
-        name, arguments = found[1], found[2]
         if "```" in arguments:
             name, _, fenced = arguments.partition("```")
             arguments = fenced.rstrip().removeprefix("json").removesuffix("```")
         calls.append(_made(name.strip(), _loads(arguments)))
-        end = found.end()
-    return None if body[end:].strip() else _all(calls)
+    return _all(calls)
 
 
 def read_pythonic(body: str) -> list[Call] | None:
