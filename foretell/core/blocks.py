@@ -12,6 +12,14 @@ from foretell.core.request import Request
 DROPPED = -1  # stands in a block table for a block that fell out of the group's window
 
 
+def extend_hashes(hashes: list[bytes], tokens: Sequence[int], block_size: int, num_tokens: int) -> None:
+    """Add the hashes of full blocks, each chained to the last, until the first ``num_tokens`` tokens have theirs."""
+    for start in range(len(hashes) * block_size, num_tokens // block_size * block_size, block_size):
+        parent = hashes[-1] if hashes else b""
+        content = array("q", tokens[start : start + block_size]).tobytes()
+        hashes.append(blake2b(parent + content, digest_size=16).digest())
+
+
 class BlockPool:
     """Reference-counted blocks of one KV group. Free blocks keep their contents, and their hash, until
     they are taken: the free list is ordered from least to most recently used, and is evicted from the front."""
@@ -22,6 +30,7 @@ class BlockPool:
         self.hash_of: list[bytes | None] = [None] * num_blocks
         self.cached: dict[bytes, int] = {}
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.evictions = 0  # cached blocks that were taken for new contents
 
     @property
     def num_free(self) -> int:
@@ -37,6 +46,7 @@ class BlockPool:
         if old is not None:
             del self.cached[old]
             self.hash_of[block] = None
+            self.evictions += 1
         self.references[block] = 1
         return block
 
@@ -97,12 +107,7 @@ class BlockManager:
 
     def update_hashes(self, request: Request, num_tokens: int) -> None:
         """Hash the full blocks among the first ``num_tokens`` known tokens, each chained to the last."""
-        hashes, size, tokens = request.hashes, self.block_size, request.tokens
-        for i in range(len(hashes), num_tokens // size):
-            parent = hashes[-1] if hashes else b""
-            hashes.append(
-                blake2b(parent + array("q", tokens[i * size : (i + 1) * size]).tobytes(), digest_size=16).digest()
-            )
+        extend_hashes(request.hashes, request.tokens, self.block_size, num_tokens)
 
     def find_cached(self, request: Request) -> int:
         """Tokens of the longest usable cached prefix: always whole blocks, and never the last known token,

@@ -15,6 +15,7 @@ class Counters:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     preemptions: dict[str, int] = field(default_factory=dict)  # by reason
+    peak_running: int = 0  # most requests that ever ran at once
 
 
 @dataclass(slots=True, frozen=True)

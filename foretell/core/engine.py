@@ -132,14 +132,24 @@ class Engine:
     def run_ahead(self, until: float | None = None) -> Stretch | None:
         """Take at once all decode steps that end by ``until`` and between which nothing else can happen; None if the
         next step is not such a one. Only where the executor can (virtual time) and nobody wants single steps."""
-        if self._ahead is None or self._in_flight or self._on_event or self.on_step:
+        scheduler = self.scheduler
+        if self._ahead is None or self._on_event or self.on_step or len(self._in_flight) != scheduler.depth - 1:
             return None
-        requests = ahead.decoding(self.scheduler)
-        most = ahead.most_steps(self.scheduler, requests) if requests else 0
+        requests = ahead.decoding(scheduler)
+        if self._in_flight and not ahead.holds_all(next(iter(self._in_flight.values())).batch, requests):
+            return None
+        most = ahead.most_steps(scheduler, requests) if requests else 0
         if most < 1:
             return None
         tokens, finished = self._ahead.decode_ahead(requests, most, until)
-        return ahead.advance(self.scheduler, requests, tokens, finished) if finished else None
+        if not finished:
+            return None
+        stretch = ahead.advance(scheduler, requests, tokens, finished)
+        if self._in_flight:  # the last batch that was submitted has taken the place of the first
+            batch = ahead.last_batch(scheduler, requests)
+            self._in_flight = {batch.id: Turn(scheduler.turn, batch)}
+            scheduler.replace_in_flight(batch)
+        return stretch
 
     def _take(self, result: Result) -> list[Output]:
         turn = self._in_flight.pop(result.batch_id)

@@ -163,8 +163,13 @@ class Scheduler:
 
     def skip_turns(self, count: int) -> None:
         """As if so many turns had been scheduled and taken in; what they did is the caller's (core.ahead)."""
+        self.admission.skip_turns(self.turn + 1)
         self.turn += count
         self._next_batch_id += count
+
+    def replace_in_flight(self, batch: Batch) -> None:
+        """Of two batches in flight the later one, after turns that were skipped."""
+        self._batches = {batch.id: batch}
 
     def _max_seqs_in_batch(self) -> int:
         """With a pipeline (several batches in flight, no chaining) each batch takes its share of the requests."""
@@ -279,6 +284,7 @@ class Scheduler:
         self.waiting.pop_first()
         self.running.append(request)
         self.admission.was_full = len(self.running) == self.config.max_num_seqs
+        self.counters.peak_running = max(self.counters.peak_running, len(self.running))
         chunk = plan.chunks[-1]
         chunk.new_block_ids = tuple(
             shared + new for shared, new in zip(first_blocks, chunk.new_block_ids, strict=True)

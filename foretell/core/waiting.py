@@ -74,6 +74,15 @@ class WaitingQueue:
                 if request.state is State.WAITING:
                     self._push_entry(request)
 
+    def ages_at(self) -> int | None:
+        """The turn in which the next request will be aged; None if nobody waits who is not."""
+        while self._by_age:
+            since, request = self._by_age[0]
+            if request.state is State.WAITING and request.last_turn == since:
+                return since + self.starvation_turns
+            self._by_age.popleft()
+        return None
+
     def _promote_aged(self, turn: int) -> None:
         while self._by_age:
             since, request = self._by_age[0]

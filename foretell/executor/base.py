@@ -51,5 +51,6 @@ class RunsAhead(Protocol):
     def decode_ahead(
         self, requests: Sequence[Request], most: int, until: float | None
     ) -> tuple[list[list[int]], list[float]]:
-        """(tokens by request, when each step ended) of up to ``most`` steps of one token for each request."""
+        """(tokens by request, when each step ended) of up to ``most`` steps of one token for each request. Where two
+        batches are in flight, the first of these steps is in flight already and one more is at the end."""
         ...

@@ -63,12 +63,17 @@ class VirtualExecutor:
         """Nothing is compiled in virtual time."""
 
     def submit(self, batch: Batch) -> None:
-        started = max(self.now, self._busy_until)
-        self._busy_until = started + self.cost(batch)
+        started, finished = self._schedule(batch)
         for added in batch.added:
             self._emitted[added.request_id] = len(added.output_token_ids)
         results = [self._sample(chunk) for chunk in batch.chunks if chunk.sample]
-        self._queue.append(Result(batch.id, results, started, self._busy_until))
+        self._queue.append(Result(batch.id, results, started, finished))
+
+    def _schedule(self, batch: Batch) -> tuple[float, float]:
+        """When a batch submitted now starts and ends."""
+        started = max(self.now, self._busy_until)
+        self._busy_until = started + self.cost(batch)
+        return started, self._busy_until
 
     def _sample(self, chunk: Chunk) -> ChunkResult:
         index = self._emitted[chunk.request_id]
@@ -80,28 +85,53 @@ class VirtualExecutor:
         self, requests: Sequence[Request], most: int, until: float | None
     ) -> tuple[list[list[int]], list[float]]:
         """Up to ``most`` steps of one token for each: the tokens by request, and when each step ended. None of them
-        ends a request, and none ends after ``until``."""
+        ends a request, and none ends after ``until``. With a batch in flight the first of the steps is that one, and
+        the last one's successor is in flight afterwards."""
         if any(request.stop_ids - {VIRTUAL_EOS} for request in requests):
             return [], []
-        emitted = [self._emitted[request.id] for request in requests]
+        overlapped = len(self._queue)
+        emitted = [self._emitted[request.id] - overlapped for request in requests]
         lengths = [self._lengths.get(request.id, 2**62) for request in requests]
         most = min(most, *(length - count - 1 for length, count in zip(lengths, emitted, strict=True)))
         limit = math.inf if until is None else until
-        now = max(self.now, self._busy_until)
-        finished: list[float] = []
-        for seconds in islice(self._decode_seconds([request.planned for request in requests]), max(0, most)):
-            now += seconds
-            if now > limit:
+        steps = self._decode_seconds([request.planned for request in requests])
+        began = now = max(self.now, self._busy_until)
+        finished = [now] if overlapped and most > 0 and now <= limit else []
+        for seconds in islice(steps, max(0, most - overlapped)) if finished or not overlapped else ():
+            if now + seconds > limit:
                 break
+            now += seconds
             finished.append(now)
         if not finished:
             return [], []
-        self.now = self._busy_until = finished[-1]
+        self.now = self._busy_until = now
+        if overlapped:
+            self._overlap(requests, now, len(finished))
+        self._account(len(requests), len(finished), self._busy_until - began)
         tokens = []
         for request, first in zip(requests, emitted, strict=True):
-            self._emitted[request.id] = end = first + len(finished)
+            end = first + len(finished)
+            self._emitted[request.id] = end + overlapped
             tokens.append([synthetic_token(request.id, i) for i in range(first, end)])
         return tokens, finished
+
+    def _overlap(self, requests: Sequence[Request], now: float, steps: int) -> None:
+        """Put the batch in flight whose tokens come after ``steps`` more."""
+        seconds = next(self._decode_seconds([request.planned + steps - 1 for request in requests]))
+        self._busy_until = now + seconds
+        batch_id = self._queue.popleft().batch_id + steps
+        results = []
+        for request in requests:
+            index = self._emitted[request.id] - 1 + steps
+            ends = index + 1 >= self._lengths.get(request.id, 2**62)
+            results.append(ChunkResult(request.id, VIRTUAL_EOS if ends else synthetic_token(request.id, index)))
+        self._queue.append(Result(batch_id, results, now, self._busy_until))
+
+    def _account(self, sequences: int, steps: int, seconds: float) -> None:
+        """Let the cost function know of a stretch, if it keeps accounts."""
+        decoded = getattr(self.cost, "decoded", None)
+        if decoded is not None:
+            decoded(sequences, steps, seconds)
 
     def _decode_seconds(self, positions: list[int]) -> Iterator[float]:
         """Seconds of a step of one token at each of the positions, then at the next ones, and so on."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from array import array
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 from foretell.assembly import EngineOptions
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError, InvalidRequestError, OverloadedError, UnavailableError
+<<<<<<< HEAD
 from foretell.memory import default_kv_bytes
+=======
+from foretell.routing import Beginnings, pieces_of, preference
+>>>>>>> 221eb05 (Virtual time runs ahead with two batches in flight, sliding windows and a queue that finds no room)
 from foretell.server.engine_client import EngineClient
 from foretell.server.supervisor import ENGINE_COMMAND, Watch
 from foretell.server.text_engine import EngineAbout
@@ -29,51 +30,8 @@ if TYPE_CHECKING:
     from foretell.server import wire
     from foretell.store import Tokenizer
 
-PIECE_TOKENS, PIECE_CHARS = 64, 256  # a beginning is remembered piece by piece, each with all before it
-MAX_PIECES = 64
-REMEMBERED = 32_768  # pieces per replica
-AHEAD = 4  # unfinished outputs that the best-cached replica may have more than the idlest
-
 SUMMED = ("running", "waiting", "requests", "kv_blocks", "kv_blocks_held", "unfinished", "restarts", "steps",
           "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits")  # fmt: skip
-
-
-class Beginnings:
-    """Which beginnings of prompts one replica has seen of late, the least recent forgotten first."""
-
-    def __init__(self, capacity: int = REMEMBERED) -> None:
-        self.capacity = capacity
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
-
-    def matching(self, pieces: Sequence[bytes]) -> int:
-        """How many of the pieces, from the first on."""
-        return next((i for i, piece in enumerate(pieces) if piece not in self._seen), len(pieces))
-
-    def note(self, pieces: Sequence[bytes]) -> None:
-        for piece in pieces:
-            self._seen[piece] = None
-            self._seen.move_to_end(piece)
-        while len(self._seen) > self.capacity:
-            self._seen.popitem(last=False)
-
-    def clear(self) -> None:
-        self._seen.clear()
-
-
-def pieces_of(prompt: Prompt) -> list[bytes]:
-    """Chained hashes of the prompt's full pieces: equal beginnings give equal hashes."""
-    return list(_pieces(prompt))
-
-
-def _pieces(prompt: Prompt) -> Iterator[bytes]:
-    text = isinstance(prompt, str)
-    size = PIECE_CHARS if text else PIECE_TOKENS
-    digest = b"text" if text else b"ids"
-    for at in range(0, min(len(prompt) // size, MAX_PIECES) * size, size):
-        part = prompt[at : at + size]
-        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else array("q", part).tobytes()
-        digest = blake2b(digest + data, digest_size=12).digest()
-        yield digest
 
 
 class ReplicaSet:
@@ -162,15 +120,8 @@ class ReplicaSet:
         """The replicas to try, best first: the longest cached beginning among those that are not far busier than
         the idlest; then the idlest; in turn where all is equal."""
         self._forget_restarted()
-        idlest, turn = min(self._unfinished), next(self._turn)
-        size = len(self.replicas)
-
-        def rank(index: int) -> tuple[bool, int, int, int]:
-            busy = self._unfinished[index]
-            matching = self._beginnings[index].matching(pieces) if busy <= idlest + AHEAD else 0
-            return (not self.replicas[index].is_running, -matching, busy, (index - turn) % size)
-
-        return sorted(range(size), key=rank)
+        best = preference(self._unfinished, lambda index: self._beginnings[index].matching(pieces), next(self._turn))
+        return sorted(best, key=lambda index: not self.replicas[index].is_running)  # stable: those that run, first
 
     def _forget_restarted(self) -> None:
         """A new engine process begins with an empty cache."""

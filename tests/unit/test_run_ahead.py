@@ -17,7 +17,7 @@ from foretell.core.engine import Engine
 from foretell.core.messages import Batch, Chunk
 from foretell.core.params import SamplingParams
 from foretell.cost import FloorCost, Hardware
-from foretell.executor.virtual import VIRTUAL_EOS, LinearCost, VirtualExecutor
+from foretell.executor.virtual import VIRTUAL_EOS, LinearCost, VirtualExecutor, synthetic_token
 
 COST = LinearCost(0.004, 0.0003, 1e-6)
 
@@ -57,8 +57,9 @@ def expand(stretch: Stretch, groups: int) -> list[Any]:
 
 
 def simulate(setup: dict[str, Any], *, run_ahead: bool) -> Run:
-    executor = Recording(COST, setup["num_blocks"], output_lengths=setup["lengths"])
-    engine = Engine(setup["config"], executor)
+    depth, chain = setup.get("depth", (1, 0))
+    executor = Recording(COST, setup["num_blocks"], output_lengths=setup["lengths"], depth=depth, chain=chain)
+    engine = Engine(setup["config"], executor, setup.get("windows", (None,)))
     run = Run(executor.chunks)
     arrivals = sorted(setup["arrivals"].items(), key=lambda item: (item[1], item[0]))
     requests = {}
@@ -67,8 +68,9 @@ def simulate(setup: dict[str, Any], *, run_ahead: bool) -> Run:
             request_id, arrival = arrivals.pop(0)
             params = SamplingParams(temperature=0, stop_token_ids=(), eos_token_ids=())
             request = requests[request_id] = engine.add(
-                request_id, setup["prompts"][request_id], params, arrival=arrival
-            )
+                request_id, setup["prompts"][request_id], params, arrival=arrival,
+                priority=setup.get("priorities", {}).get(request_id, 0),
+            )  # fmt: skip
             request.stop_ids = frozenset({VIRTUAL_EOS})  # no token id of a client's
             run.times[request_id] = []
         until = arrivals[0][1] if arrivals else None
@@ -100,6 +102,9 @@ def setups(draw: Any) -> dict[str, Any]:
     for i in range(1, count):
         if rng.random() < 0.5:  # a shared beginning
             prompts[i] = prompts[i - 1][: rng.randrange(1, 40)] + prompts[i]
+        elif rng.random() < 0.5:  # the next turn of a conversation: with what was answered before
+            told = [synthetic_token(i - 1, n) for n in range(rng.randrange(1, 40))]
+            prompts[i] = (prompts[i - 1] + told + prompts[i])[: longest - 1]
     spare = draw(st.integers(0, 40))
     config = SchedulerConfig(
         max_num_seqs=draw(st.sampled_from([1, 2, 4, 12])),
@@ -109,17 +114,22 @@ def setups(draw: Any) -> dict[str, Any]:
         policy=draw(st.sampled_from(["prefill-first", "decode-first", "mixed"])),
         enable_prefix_caching=draw(st.booleans()),
         starvation_turns=draw(st.sampled_from([3, 64])),
+        admission_batch=draw(st.sampled_from([1, 1, 3])),
     )
+    windows = draw(st.sampled_from([(None,), (None,), (None, 8), (None, 20, 33), (20,)]))
     return {
         "config": config,
-        "num_blocks": (-(-longest // size) + spare,),
+        "windows": windows,
+        "num_blocks": tuple(-(-min(longest, (w or longest) + size) // size) + 1 + spare for w in windows),
+        "depth": draw(st.sampled_from([(1, 0), (2, 1)])),
         "prompts": prompts,
+        "priorities": {i: rng.choice((0, 0, 1)) for i in prompts},
         "lengths": {i: rng.randrange(1, 80) for i in prompts},
         "arrivals": {i: rng.random() * draw(st.sampled_from([0.0, 0.3, 3.0])) for i in prompts},
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(setups())
 def test_the_same_batches_blocks_tokens_and_times(setup: dict[str, Any]) -> None:
     single, many = simulate(setup, run_ahead=False), simulate(setup, run_ahead=True)
