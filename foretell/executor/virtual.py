@@ -54,6 +54,7 @@ class VirtualExecutor:
         self.depth = depth
         self.chain = chain
         self.now = 0.0
+        self.most_tokens = self.longest_chunk = 0  # of any step so far
         self._lengths = output_lengths or {}
         self._emitted: dict[int, int] = {}  # by request: output tokens so far, kept over preemptions
         self._queue: deque[Result] = deque()
@@ -64,6 +65,12 @@ class VirtualExecutor:
 
     def submit(self, batch: Batch) -> None:
         started, finished = self._schedule(batch)
+        tokens = 0
+        for chunk in batch.chunks:
+            tokens += chunk.length
+            if chunk.length > self.longest_chunk:
+                self.longest_chunk = chunk.length
+        self.most_tokens = max(self.most_tokens, tokens)
         for added in batch.added:
             self._emitted[added.request_id] = len(added.output_token_ids)
         results = [self._sample(chunk) for chunk in batch.chunks if chunk.sample]
@@ -105,6 +112,7 @@ class VirtualExecutor:
         if not finished:
             return [], []
         self.now = self._busy_until = now
+        self.most_tokens = max(self.most_tokens, len(requests))
         if overlapped:
             self._overlap(requests, now, len(finished))
         self._account(len(requests), len(finished), self._busy_until - began)
