@@ -7,13 +7,13 @@ tails) does not go down with tensor parallelism. On top come the collectives.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from foretell.config import ModelSpec
 from foretell.core.messages import Batch
-from foretell.cost.grid import Curve, Surface
+from foretell.cost.grid import Curve
 from foretell.cost.links import Link
 from foretell.cost.operations import MATRICES
 from foretell.cost.profile import Profile
@@ -58,7 +58,7 @@ def stage_profile(
 
     def linear(curve: Curve) -> Curve:
         least = min(fixed, curve.y[0])  # it cannot be more than what was measured
-        return _mapped(curve, lambda y: share.layers * (least + (y - least) * share.matrices) * parts)
+        return Curve(curve.x, tuple(share.layers * (least + (y - least) * share.matrices) * parts for y in curve.y))
 
     return replace(
         profile,
@@ -66,19 +66,11 @@ def stage_profile(
         linear=linear(profile.linear),
         decode_linear=None if profile.decode_linear is None else linear(profile.decode_linear),
         eager_seconds=profile.eager_seconds * share.layers,
-        head=_mapped(profile.head, lambda y: y * share.vocabulary * parts if last else 0.0),
+        head=profile.head.scaled(share.vocabulary * parts if last else 0.0),
         host=profile.host if stage == 0 else Curve((1.0,), (0.0,)),
-        decode_rate=_surface(profile.decode_rate, share.kv_heads * share.layers * parts),
-        prefill_rate=_surface(profile.prefill_rate, share.heads * share.layers * parts),
+        decode_rate=profile.decode_rate.scaled(share.kv_heads * share.layers * parts),
+        prefill_rate=profile.prefill_rate.scaled(share.heads * share.layers * parts),
     )
-
-
-def _mapped(curve: Curve, function: object) -> Curve:
-    return Curve(curve.x, tuple(function(y) for y in curve.y))  # type: ignore[operator]
-
-
-def _surface(surface: Surface, factor: float) -> Surface:
-    return Surface(surface.sizes, tuple(_mapped(row, lambda y: y * factor) for row in surface.rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +103,7 @@ StepKind = tuple[int, int, int, bool]  # tokens, sampled rows, sequences, whethe
 
 class StageCost:
     """Seconds of a batch on one stage, talking included; callable, so that a virtual executor can take it. ``seen``
-    counts its steps by kind and ``busy_seconds`` adds them up: what the time went into is found afterwards.
+    counts its steps by kind and ``seconds_of`` adds up their seconds: what those went into is found afterwards.
 
     ``factor`` multiplies every step: for the ends of the profile's interval."""
 
@@ -121,8 +113,8 @@ class StageCost:
         """``profile``: the stage's own."""
         self.step = StepCost(profile)
         self.layout, self.stage, self.link, self.traffic, self.factor = layout, stage, link, traffic, factor
-        self.seen: Counter[StepKind] = Counter()
-        self.seconds_of: Counter[StepKind] = Counter()  # type: ignore[assignment]  # a sum of seconds by kind
+        self.seen: defaultdict[StepKind, int] = defaultdict(int)
+        self.seconds_of: defaultdict[StepKind, float] = defaultdict(float)
         self._talk: dict[tuple[int, int], float] = {}
 
     @property

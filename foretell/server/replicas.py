@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Any
 from foretell.assembly import EngineOptions
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError, InvalidRequestError, OverloadedError, UnavailableError
-<<<<<<< HEAD
 from foretell.memory import default_kv_bytes
-=======
 from foretell.routing import Beginnings, pieces_of, preference
->>>>>>> 221eb05 (Virtual time runs ahead with two batches in flight, sliding windows and a queue that finds no room)
 from foretell.server.engine_client import EngineClient
 from foretell.server.supervisor import ENGINE_COMMAND, Watch
 from foretell.server.text_engine import EngineAbout

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from foretell.assembly import EngineOptions
 from foretell.core.params import SamplingParams
 from foretell.errors import OverloadedError, UnavailableError
-from foretell.server.engine_client import EngineClient
 from foretell.routing import PIECE_CHARS, PIECE_TOKENS, Beginnings, pieces_of
+from foretell.server.engine_client import EngineClient
 from foretell.server.replicas import ReplicaSet
 from tests.server.instant import QUICK, expected_text, instant_command, run, until
 from tests.server.tiny import tiny_folder
