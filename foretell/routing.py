@@ -60,7 +60,7 @@ def _pieces(prompt: Prompt) -> Iterator[bytes]:
 
 def preference(unfinished: Sequence[int], matching: Callable[[int], int], turn: int) -> list[int]:
     """Replicas, best first: the longest cached beginning among those that are not far busier than the idlest; then
-    the idlest; in turn where all is equal. ``matching(i)``: pieces that replica i has seen; ``turn``: of the request."""
+    the idlest; in turn where all is equal. ``matching(i)``: pieces that replica i has seen."""
     idlest, size = min(unfinished), len(unfinished)
 
     def rank(index: int) -> tuple[int, int, int]:

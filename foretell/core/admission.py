@@ -38,8 +38,8 @@ class Admission:
         return True
 
     def opens_at(self, turn: int) -> int:
-        """The turn, not before ``turn``, from which an engine that was full lets requests in, if some of its sequences
-        are free by then and no more become free meanwhile."""
+        """The turn, not before ``turn``, from which an engine that was full lets requests in, if some sequences are
+        free by then and no more become free meanwhile."""
         free = self.max_num_seqs - len(self.running)
         if self.was_full and self.running and free < min(self.several, len(self.waiting)):
             return max(turn, (self._free_since or turn) + self.several)

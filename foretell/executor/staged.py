@@ -1,4 +1,4 @@
-"""A pipeline in virtual time: each stage has a clock of its own, and as many batches are in flight as there are stages."""
+"""A pipeline in virtual time: each stage has its own clock, and as many batches are in flight as there are."""
 
 from __future__ import annotations
 
