@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -124,6 +125,9 @@ def serve(
       foretell serve ./my-model --host 0.0.0.0 --api-key-file keys.txt
       curl http://127.0.0.1:8000/v1/models
     """
+    for seconds in (drain_seconds, timeout_seconds, stall_seconds, hang_seconds):
+        if not math.isfinite(seconds):
+            raise ConfigError("--…-seconds are finite numbers: give a large one instead of infinity")
     from foretell.assembly import EngineOptions
     from foretell.server.config import ServerConfig
     from foretell.store import resolve
@@ -181,7 +185,8 @@ def _keys(path: Path | None) -> tuple[str, ...]:
     try:
         keys = _nonempty(path.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the key file {path} cannot be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"the key file {path} cannot be read: {why}") from None
     if not keys:
         raise ConfigError(f"the key file {path} is empty: put one key on each line")
     return keys

