@@ -48,6 +48,7 @@ def spec_of(
 def test_an_impossible_split_is_refused_with_the_possible_ones(
     heads: int, kv_heads: int, tp: int, pp: int, reason: str
 ) -> None:
+    """Which TP (vllm#4232)? What cannot be is refused before anything is loaded, and what can be is listed."""
     with pytest.raises(ConfigError, match=reason) as caught:
         make_layout(spec_of(heads, kv_heads), tp, pp)
     assert "tp=1 pp=2" in str(caught.value)

@@ -52,4 +52,5 @@ def test_mixed_load_loses_nothing_and_leaks_nothing() -> None:
 
 @pytest.mark.slow
 def test_two_minutes_of_mixed_load_do_not_grow() -> None:
+    """Host memory leaks (vllm#50150)."""
     assert check_soak(120) < RSS_BAR_BYTES_PER_1000

@@ -95,7 +95,10 @@ def test_a_conversation_goes_on_by_id(client: openai.OpenAI, tiny: LocalTextEngi
 
 def test_kept_answers_are_read_and_forgotten_by_their_owner_only(client: openai.OpenAI, url: str) -> None:
     made = client.responses.create(**GREEDY, input="Hello")
-    assert client.responses.retrieve(made.id).to_dict() == made.to_dict()
+    assert client.responses.retrieve(made.id, stream=False).to_dict() == made.to_dict()
+    for asked in ({"stream": True}, {"starting_after": 3}, {"include": ["message.output_text.logprobs"]}):
+        with pytest.raises(openai.BadRequestError, match="comes whole"):  # a whole answer read as a stream is empty
+            client.responses.retrieve(made.id, **asked)
     with openai.OpenAI(base_url=url, api_key=OTHER_KEY, max_retries=0) as other:
         for attempt in (other.responses.retrieve, other.responses.delete):
             with pytest.raises(openai.NotFoundError, match="no response"):

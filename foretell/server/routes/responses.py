@@ -67,9 +67,14 @@ async def count_input_tokens(request: Request) -> Response:
 
 @router.get(
     "/v1/responses/{response_id}",
-    **describe(ResponseObject, summary="An answer that is still kept", errors=(404,), tags=_TAGS),
+    **describe(ResponseObject, summary="An answer that is still kept", errors=(400, 404), tags=_TAGS),
 )
 async def get_response(request: Request, response_id: str) -> Response:
+    for name in ("stream", "starting_after", "include", "include[]"):
+        if request.query_params.get(name, "false") not in ("false", "False", ""):
+            raise ApiError(
+                400, f"{name} is not supported here: a kept answer comes whole, as it was made", param=name
+            )
     return Response(_stored(request, response_id).body, media_type="application/json")
 
 
