@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError, ForetellError
 from foretell.executor.load import Phases, load
 from foretell.options import EngineOptions, context_len, resolve_device, scheduler_config
@@ -15,6 +16,7 @@ from foretell.step_log import StepLog
 if TYPE_CHECKING:
     from foretell.config import ModelSpec
     from foretell.core.engine import Engine
+    from foretell.executor.load import Loaded
     from foretell.store import ModelFiles, Tokenizer
     from foretell.worker.ledger import MemoryLedger
 
@@ -114,6 +116,7 @@ def _start(
     undo.callback(executor.close)
     engine = Engine(config, executor, [g.window for g in spec.kv_groups], on_event=on_event, on_step=step_log)
     executor.use_grammars(GrammarCompiler(lambda: tokenizer, spec.vocab_size))
+    _watch(engine, options, device, files.name, spec, loaded)
     sizes = block_bytes(spec, config.block_size, dtype.itemsize)
     return Assembly(
         options=options,
@@ -134,6 +137,22 @@ def _start(
         step_log=step_log,
         phases=phases.seconds,
     )
+
+
+def _watch(engine: Engine, options: EngineOptions, device: str, model: str, spec: ModelSpec, loaded: Loaded) -> None:
+    """Compare each step with its prediction, where this machine was calibrated for this engine."""
+    from foretell.cost.named import find_profile
+
+    if options.tp * options.pp > 1:
+        return
+    threads = 0 if device == "cuda" else options.num_threads or usable_cpus()
+    profile = find_profile(
+        spec, model=model, kernels=loaded.kernels, weight_format=loaded.weight_format, num_threads=threads
+    )
+    if profile is not None:
+        from foretell.cost.watch import StepWatch
+
+        engine.watcher = StepWatch(profile)
 
 
 def _check_weights(options: EngineOptions, files: ModelFiles) -> None:

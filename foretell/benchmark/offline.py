@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from foretell.benchmark.beside import foretold, live_line, profile_of
 from foretell.benchmark.setup import Subject, describe, greedy_params, heading, prompts_of, subject_after, subject_of
 from foretell.benchmark.steps import StepSummary, step_records, summarize_steps
 from foretell.benchmark.tables import number, table
@@ -64,7 +65,10 @@ def run(
     better = subject_after(llm, subject, say)
     if better is not subject:
         subject, floor = better, floor_walls(better, workload, output_len)
-    for line in report_lines(workload, output_len, floor, measured):
+    predicted = predicted_walls(llm, subject, workload, output_len)
+    for line in report_lines(workload, output_len, floor, measured, predicted):
+        say(line)
+    if line := live_line(llm.assembly.engine.stats()["prediction"]):
         say(line)
     return {
         "bench": "offline",
@@ -73,6 +77,7 @@ def run(
         "warmup": warmup,
         **_figures("floor_", workload, output_len, floor),
         **_figures("", workload, output_len, measured.walls),
+        **({} if predicted is None else _figures("predicted_", workload, output_len, predicted)),
         "wall_over_floor": measured.walls.full / floor.full,
         "walls_seconds": measured.full_walls,
         "first_token_walls_seconds": measured.first_walls,
@@ -85,6 +90,17 @@ def run(
 def floor_walls(subject: Subject, workload: Workload, output_len: int | None) -> Walls:
     full = subject.floor(workload).seconds
     return Walls(full, None if output_len is None else subject.floor(workload, max_output_tokens=1).seconds)
+
+
+def predicted_walls(llm: LLM, subject: Subject, workload: Workload, output_len: int | None) -> Walls | None:
+    """What this machine's calibration says of the same runs; None where there is none."""
+    profile = profile_of(llm)
+    if profile is None:
+        return None
+    asked = (profile, subject.spec, subject.config, subject.num_blocks, workload)
+    full = foretold(*asked)
+    first = None if output_len is None else foretold(*asked, max_output_tokens=1)
+    return None if full is None else Walls(full.seconds, None if first is None else first.seconds)
 
 
 def measure(
@@ -146,8 +162,11 @@ LABELS = {
 }
 
 
-def report_lines(workload: Workload, output_len: int | None, floor: Walls, measured: Measured) -> Sequence[str]:
+def report_lines(
+    workload: Workload, output_len: int | None, floor: Walls, measured: Measured, predicted: Walls | None = None
+) -> Sequence[str]:
     best = _figures("", workload, output_len, floor)
+    said = {} if predicted is None else _figures("", workload, output_len, predicted)
     real = _figures("", workload, output_len, measured.walls)
     rows = []
     for name, label in LABELS.items():
@@ -155,7 +174,9 @@ def report_lines(workload: Workload, output_len: int | None, floor: Walls, measu
         if low is None or value is None:
             continue
         slower = value / low if name.endswith("seconds") or name.startswith("ms") else low / value
-        rows.append((label, number(low), number(value), number(slower)))
+        foreseen = said.get(name)
+        off = "" if foreseen is None else f"{number(foreseen)} ({100 * (foreseen / value - 1):+.1f} %)"
+        rows.append((label, number(low), *([off] if said else []), number(value), number(slower)))
     steps = measured.steps
     phase_rows = [
         (name, p.steps, f"{p.tokens:,}", number(p.seconds), number(p.tokens_per_second), number(p.ms_per_step))
@@ -164,7 +185,7 @@ def report_lines(workload: Workload, output_len: int | None, floor: Walls, measu
     inside = ", ".join(f"{name} {number(seconds)} s" for name, seconds in steps.parts.items())
     return [
         "",
-        table(("", "floor", "measured", "× floor"), rows),
+        table(("", "floor", *(["predicted"] if said else []), "measured", "× floor"), rows),
         "",
         table(("steps of the last run", "steps", "tokens", "seconds", "tok/s", "ms/step"), phase_rows),
         f"inside steps: {inside or 'not split'}; between steps: {number(steps.between_seconds)} s",

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from foretell.benchmark.beside import comparison, errors, foretold, live_line, profile_of
 from foretell.benchmark.latency import goodput_line, latency_table, lateness_line, offered_load
 from foretell.benchmark.online import OnlineRun, run_open_loop, set_policy
 from foretell.benchmark.setup import Subject, describe, heading, subject_after, subject_of
@@ -62,8 +63,13 @@ def run(
     better = subject_after(llm.llm, subject, say)
     if better is not subject:
         subject, floors = better, _floors(better, workload, policies, objectives)
+    predicted = _foretold(llm, subject, workload, policies, objectives)
     for policy in policies:
         say_outcome(policy, floors[policy], outcomes[policy], objectives, say)
+        if policy in predicted:
+            say(comparison(predicted[policy], outcomes[policy].report))
+    if line := live_line(llm.llm.assembly.engine.stats()["prediction"]):
+        say(line)
     say(trade_off({policy: outcome.report for policy, outcome in outcomes.items()}, objectives))
     return {
         "bench": "online",
@@ -73,6 +79,10 @@ def run(
         "objectives": asdict(objectives),
         "floor": {policy: floor.as_dict() for policy, floor in floors.items()},
         "measured": {policy: outcome.report.as_dict() for policy, outcome in outcomes.items()},
+        "predicted": {policy: report.as_dict() for policy, report in predicted.items()},
+        "prediction_errors": {
+            policy: errors(report, outcomes[policy].report) for policy, report in predicted.items()
+        },
         "generator_lateness_seconds": {policy: asdict(outcome.lateness) for policy, outcome in outcomes.items()},
         "steps": {policy: summarize_steps(outcome.last.steps).as_dict() for policy, outcome in outcomes.items()},
     }
@@ -107,6 +117,22 @@ def _floors(
 ) -> dict[PolicyName, Report]:
     runs = {policy: subject.floor(workload, policy=policy) for policy in policies}
     return {policy: summarize(run.requests, objectives) for policy, run in runs.items()}
+
+
+def _foretold(
+    llm: AsyncLLM, subject: Subject, workload: Workload, policies: Sequence[PolicyName], objectives: Objectives
+) -> dict[PolicyName, Report]:
+    """What this machine's calibration says of the same traffic; empty where there is none."""
+    profile = profile_of(llm.llm)
+    if profile is None:
+        return {}
+    found = {}
+    for policy in policies:
+        config = replace(subject.config, policy=policy)
+        virtual = foretold(profile, subject.spec, config, subject.num_blocks, workload)
+        if virtual is not None:
+            found[policy] = summarize(virtual.requests, objectives)
+    return found
 
 
 def _rounds(

@@ -63,11 +63,22 @@ class StartReport:
             ("weights", weights),
             ("KV cache", f"{units.binary_bytes(ready.kv_bytes)}, {ready.dtype}: {ready.kv_tokens:,} tokens, "
                          f"or {at_full_length:.1f} sequences of full length; up to {ready.max_num_seqs} run at once"),
+            *_foretold(ready.foretold, ready.max_num_seqs),
             ("limits", f"{config.max_queue} unfinished outputs, {config.default_timeout_seconds:g} s per request, "
                        f"bodies of {units.binary_bytes(config.max_body_bytes)}"),
             ("start-up", f"{time.perf_counter() - self._started:.2f} s  [dim]{phases}[/dim]"),
             ("URL", f"[bold]{url}/v1[/bold]  [dim]{keys}, {reach}; Ctrl-C ends it[/dim]"),
         ]  # fmt: skip
+
+
+def _foretold(figures: dict[str, float], most: int) -> list[tuple[str, str]]:
+    """What the machine's calibration says, if there is one; every step will be compared with it."""
+    if not figures:
+        return []
+    alone, full = units.seconds(figures["tpot_alone_seconds"]), units.seconds(figures["tpot_full_seconds"])
+    rate = units.rate(figures["prompt_tokens_per_second"])
+    text = f"TPOT {alone} alone, {full} with {most} at once; prompts at {rate}"
+    return [("foretold", f"{text}  [dim]compared with every step: see /metrics[/dim]")]
 
 
 def _copies(client: EngineClient | ReplicaSet) -> str:

@@ -10,6 +10,7 @@ from foretell.cli import units
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from foretell.benchmark.beside import RequestForetold
     from foretell.core.messages import TokenLogprobs
     from foretell.llm import LLM
     from foretell.output import RequestMetrics, RequestOutput
@@ -49,6 +50,7 @@ def as_dict(llm: LLM, result: RequestOutput) -> dict[str, Any]:
         "e2e_seconds": metrics.e2e_seconds,
         "prefill_tokens_per_second": prefill_rate(result),
         "decode_tokens_per_second": decode_rate(metrics),
+        **_foretold_figures(llm, result),
         "kv_bytes": metrics.kv_bytes,
         "kv_cache_bytes": assembly.kv_bytes,
         "kv_bytes_per_token": assembly.kv_bytes_per_token,
@@ -56,6 +58,16 @@ def as_dict(llm: LLM, result: RequestOutput) -> dict[str, Any]:
         "max_model_len": assembly.max_model_len,
         "phases": assembly.phases,
         "load_seconds": sum(assembly.phases.values()),
+    }
+
+
+def _foretold_figures(llm: LLM, result: RequestOutput) -> dict[str, float | None]:
+    predicted = foretold(llm, result)
+    if predicted is None:
+        return {}
+    return {
+        "predicted_engine_ttft_seconds": predicted.ttft_seconds,
+        "predicted_tpot_seconds": predicted.tpot_seconds,
     }
 
 
@@ -122,10 +134,43 @@ def _lines(llm: LLM, result: RequestOutput) -> list[tuple[str, str]]:
         ("decode", f"{len(completion.token_ids)} output tokens at {units.rate(decode_rate(metrics))}"),
         ("KV cache", f"{units.binary_bytes(metrics.kv_bytes)} of {units.binary_bytes(assembly.kv_bytes)} ({used}), "
                      f"{units.binary_bytes(assembly.kv_bytes_per_token)} per token"),
+        *_foretold_line(llm, result),
         *_memory_line(llm),
         ("finish", reason),
         ("start-up", f"{sum(assembly.phases.values()):.2f} s  [dim]{phases}[/dim]"),
     ]  # fmt: skip
+
+
+def foretold(llm: LLM, result: RequestOutput) -> RequestForetold | None:
+    """What this machine's calibration says of the request, had it been alone; None where there is none."""
+    from foretell.benchmark.beside import foretold_request, profile_of
+
+    profile = profile_of(llm)
+    if profile is None or len(result.outputs) > 1:
+        return None
+    return foretold_request(
+        profile,
+        len(result.prompt_token_ids),
+        len(result.outputs[0].token_ids),
+        cached_tokens=result.metrics.cached_tokens,
+        budget=llm.assembly.engine.scheduler.config.max_num_batched_tokens,
+    )
+
+
+def _foretold_line(llm: LLM, result: RequestOutput) -> list[tuple[str, str]]:
+    predicted = foretold(llm, result)
+    if predicted is None:
+        return []
+    pairs = [
+        ("TTFT from admission", predicted.ttft_seconds, result.metrics.engine_ttft_seconds),
+        ("TPOT", predicted.tpot_seconds, result.metrics.tpot_seconds),
+    ]
+    words = [
+        f"{name} {units.seconds(said)} ({100 * (said / measured - 1):+.0f} %)"
+        for name, said, measured in pairs
+        if said and measured
+    ]
+    return [("foretold", ", ".join(words))] if words else []
 
 
 def _memory_line(llm: LLM) -> list[tuple[str, str]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from foretell.config import SchedulerConfig
 from foretell.core import ahead
 from foretell.core.ahead import Stretch
 from foretell.core.blocks import BlockManager
-from foretell.core.messages import Output, Result, Turn
+from foretell.core.messages import Batch, Output, Result, Turn
 from foretell.core.params import SamplingParams
 from foretell.core.policy import get_policy
 from foretell.core.request import Request
@@ -17,6 +17,14 @@ from foretell.core.scheduler import Scheduler
 from foretell.executor.base import Executor, RunsAhead
 
 Event = dict[str, Any]
+
+
+class Watcher(Protocol):
+    """Hears of every finished step: for who compares its time with a prediction."""
+
+    def __call__(self, batch: Batch, result: Result) -> None: ...
+
+    def figures(self) -> dict[str, Any]: ...
 
 
 class Engine:
@@ -45,6 +53,7 @@ class Engine:
         self._in_flight: dict[int, Turn] = {}
         self._on_event = on_event
         self.on_step = on_step
+        self.watcher: Watcher | None = None
 
     # -- inputs -------------------------------------------------------------------------------------
 
@@ -103,6 +112,7 @@ class Engine:
             "prefix_cache_queries": counters.prefix_cache_queries,
             "prefix_cache_hits": counters.prefix_cache_hits,
             "preemptions": dict(counters.preemptions),
+            "prediction": None if self.watcher is None else self.watcher.figures(),
         }
 
     # -- the loop -----------------------------------------------------------------------------------
@@ -153,6 +163,8 @@ class Engine:
 
     def _take(self, result: Result) -> list[Output]:
         turn = self._in_flight.pop(result.batch_id)
+        if self.watcher is not None:
+            self.watcher(turn.batch, result)
         if self._on_event:
             tokens = {r.request_id: r.token_id for r in result.results if r.token_id is not None}
             errors = {r.request_id: r.error for r in result.results if r.error is not None}

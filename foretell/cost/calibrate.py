@@ -23,6 +23,7 @@ from foretell.cost.grid import Curve, Surface
 from foretell.cost.heldout import with_held_out
 from foretell.cost.profile import Profile, attended
 from foretell.cost.stepping import PIECE, Shape, StepBench, decodes, pieces, rows
+from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class _Measuring:
             overlaps=bench.device is not None,
             decode_linear=own_linear,
             graph_sizes=tuple(getattr(graphs, "sizes", ())),
+            num_threads=0 if llm.assembly.device == "cuda" else llm.assembly.options.num_threads or usable_cpus(),
             eager_seconds=statistics.median(bench.launches) if graphs and bench.launches else 0.0,
         )
 

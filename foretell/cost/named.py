@@ -67,7 +67,9 @@ def open_profile(
     return _from_file(Path(text), spec, model)
 
 
-def find_profile(spec: ModelSpec, *, model: str, kernels: str, weight_format: str) -> Profile | None:
+def find_profile(
+    spec: ModelSpec, *, model: str, kernels: str, weight_format: str, num_threads: int = 0
+) -> Profile | None:
     """This machine's own calibration of exactly this engine; None without a word if there is none that fits."""
     path = own_path(model)
     if not path.is_file():
@@ -77,7 +79,7 @@ def find_profile(spec: ModelSpec, *, model: str, kernels: str, weight_format: st
     except ConfigError:
         return None
     fits = (found.spec, found.kernels, found.weight_format) == (spec, kernels, weight_format)
-    return found if fits else None
+    return found if fits and num_threads in (0, found.num_threads) else None
 
 
 @cache

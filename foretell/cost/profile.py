@@ -58,6 +58,7 @@ class Profile:
     decode_linear: Curve | None = None
     graph_sizes: tuple[int, ...] = ()
     eager_seconds: float = 0.0
+    num_threads: int = 0  # of a CPU; 0 where that says nothing
 
     def interval(self, kind: Kind) -> tuple[float, float]:
         return self.intervals.get(kind, (self.low, self.high))

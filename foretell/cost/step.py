@@ -120,26 +120,39 @@ class StepCost:
             yield self._sum(work, linear + head + keys * rate(count, keys / count), host)
             step += 1
 
+    def _decodes(self, chunks: Sequence[Span]) -> _Work | None:
+        """The same as ``_work`` in a fraction of its time, of one token for each sequence; None if they are not."""
+        count = len(chunks)
+        if self.windowed or not count or sum([chunk.length for chunk in chunks]) != count:
+            return None
+        profile = self.profile
+        keys, sampled = float(sum([chunk.start for chunk in chunks]) + count), sum([chunk.sample for chunk in chunks])
+        rate, excess = profile.decode_rate, max(self.decode_linear.excess(count), profile.head.excess(sampled or 1))
+        mean = keys / count
+        return _Work(count, count, sampled, keys * rate(count, mean), 0.0, max(excess, rate.excess(count, mean)))
+
     def _work(self, chunks: Iterable[Span]) -> _Work:
+        if isinstance(chunks, list) and (decodes := self._decodes(chunks)) is not None:
+            return decodes
         profile, work = self.profile, _Work()
         prefill = profile.prefill_rate
-        keys, decodes = 0.0, 0
+        keys, count = 0.0, 0
         for chunk in chunks:
             work.sequences += 1
             work.tokens += chunk.length
             work.sampled += chunk.sample
             pairs = self._pairs(chunk.start, chunk.length)
             if chunk.length == 1:
-                decodes += 1
+                count += 1
                 keys += pairs
             else:
                 work.kind = "prefill"
                 end = chunk.start + chunk.length
                 work.prefill_attention += pairs * prefill(chunk.length, end)
                 work.excess = max(work.excess, prefill.excess(chunk.length, end))
-        if decodes:
-            work.decode_attention = keys * profile.decode_rate(decodes, keys / decodes)
-            work.excess = max(work.excess, profile.decode_rate.excess(decodes, keys / decodes))
+        if count:
+            work.decode_attention = keys * profile.decode_rate(count, keys / count)
+            work.excess = max(work.excess, profile.decode_rate.excess(count, keys / count))
         linear = self.decode_linear if work.kind == "decode" else profile.linear
         work.excess = max(work.excess, linear.excess(work.tokens), profile.head.excess(work.sampled or 1))
         return work

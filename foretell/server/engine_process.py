@@ -219,12 +219,19 @@ def receive_start(connection: socket.socket, reader: wire.FrameReader) -> wire.S
 def build(options: dict[str, Any], on_phase: OnPhase) -> tuple[Engine, wire.Ready]:
     """The engine that the options describe, and what to tell of it."""
     from foretell.assembly import EngineOptions, assemble
+    from foretell.cost.rates import rates_foretold
+    from foretell.cost.watch import StepWatch
 
     try:
         made = EngineOptions(**options)
     except TypeError as error:
         raise ConfigError(f"engine options: {error}") from None
     assembly = assemble(made, on_phase=on_phase)
+    watcher = assembly.engine.watcher
+    foretold: dict[str, float] = {}
+    if isinstance(watcher, StepWatch):
+        watcher.on_wrong = lambda watch: say(f"the prediction: {watch.words()}")
+        foretold = rates_foretold(watcher.profile, assembly.engine.scheduler.config)
     return assembly.engine, wire.Ready(
         model=made.model,
         spec=assembly.spec,
@@ -241,6 +248,7 @@ def build(options: dict[str, Any], on_phase: OnPhase) -> tuple[Engine, wire.Read
         kv_element_bytes=assembly.kv_element_bytes,
         kv_tokens=assembly.kv_tokens,
         phases=assembly.phases,
+        foretold=foretold,
     )
 
 

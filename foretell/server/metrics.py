@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,6 +47,19 @@ _COUNTERS = {
     "prefix_cache_hits": ("prefix_cache_hits", "Tokens found in the prefix cache"),
     "engine_steps": ("steps", "Steps of the engine"),
     "engine_restarts": ("restarts", "Times that the engine process was started again"),
+}
+_PREDICTION_GAUGES = {
+    "step_prediction_error": ("median_error", "Median of |predicted / measured - 1| over the last steps"),
+    "step_prediction_error_p90": ("p90_error", "90th percentile of the same"),
+    "step_prediction_drift": ("drift", "How much longer steps take than the profile said, without its correction"),
+    "step_prediction_inside_interval": ("inside_interval", "Share of all steps within the predicted interval"),
+    "profile_wrong": ("wrong", "1 once steps have been far off the profile for a while"),
+}
+_PREDICTION_COUNTERS = {
+    "predicted_steps": ("steps", "Steps whose time was predicted"),
+    "steps_beyond_profile": ("beyond_profile", "Steps too far outside the profile to be predicted"),
+    "predicted_step_seconds": ("predicted_seconds", "What these steps should have taken"),
+    "measured_step_seconds": ("measured_seconds", "What they took"),
 }
 
 
@@ -142,6 +155,25 @@ class _EngineFigures(Collector):
         for reason, count in (figures.get("preemptions") or {}).items():
             reasons.add_metric([model, reason], count)
         yield reasons
+        if prediction := figures.get("prediction"):
+            yield from _prediction(prediction, model)
+
+
+def _prediction(figures: Mapping[str, Any], model: str) -> Iterable[Metric]:
+    """The live check of the cost model, where this machine was calibrated for the model."""
+    for name, (key, text) in _PREDICTION_GAUGES.items():
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
+        gauge.add_metric([model], _number(figures.get(key)))
+        yield gauge
+    for name, (key, text) in _PREDICTION_COUNTERS.items():
+        counter = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
+        counter.add_metric([model], _number(figures.get(key)))
+        yield counter
+    text = "What the profile is multiplied with to fit this machine"
+    scales = GaugeMetricFamily(PREFIX + "profile_scale", text, labels=["model_name", "component"])
+    for component, scale in (figures.get("scales") or {}).items():
+        scales.add_metric([model, component], scale)
+    yield scales
 
 
 def _number(value: Any) -> float:

@@ -98,6 +98,7 @@ class Ready(Message):
     kv_element_bytes: int
     kv_tokens: int  # that fit in the cache at once
     phases: dict[str, float]
+    foretold: dict[str, float] = {}  # by the machine's calibration, if there is one: seconds and tokens per second
 
 
 class Failed(Message):

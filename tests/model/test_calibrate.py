@@ -19,6 +19,7 @@ from foretell.cost.floor import ChunkShape
 from foretell.cost.profile import Profile
 from foretell.cost.step import StepCost
 from foretell.errors import ConfigError
+from foretell.server.metrics import Metrics
 from tests.model import models
 from tests.model.test_device_runner import make_engine
 
@@ -91,7 +92,7 @@ def test_a_device_is_measured_through_the_same_code() -> None:
     runner = engine.executor.runner  # type: ignore[attr-defined]
     files = SimpleNamespace(name="glassllm")
     assembly = SimpleNamespace(
-        engine=engine, options=SimpleNamespace(block_size=16), max_model_len=128, files=files, dtype="float32",
+        engine=engine, options=SimpleNamespace(block_size=16, num_threads=None), max_model_len=128, files=files, dtype="float32",
         weight_format="float32", kernels="reference", device="cpu",
     )  # fmt: skip
     llm: Any = SimpleNamespace(assembly=assembly, spec=runner.model.spec)
@@ -108,3 +109,45 @@ def test_a_device_is_measured_through_the_same_code() -> None:
     cost = StepCost(profile)
     assert cost.estimate([ChunkShape(5, 1)] * 9).linear == cost.estimate([ChunkShape(5, 1)] * 12).linear
     assert cost.estimate([ChunkShape(0, 20)]).seconds >= profile.eager_seconds
+
+
+def test_a_calibrated_machine_shows_predictions_beside_measurements(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORETELL_HOME", str(tmp_path))
+    runner, result, model = CliRunner(), tmp_path / "r.json", str(models.prepare("glassllm"))
+    asked = ["--num-requests", "3", "--input-len", "20", "--output-len", "8", "--json", str(result)]
+    engine = ["--kv-cache-bytes", "20MB", "--max-model-len", "128"]
+    done = runner.invoke(app, ["bench", "offline", model, *asked, *engine, "--repeat", "1"])
+    assert "predicted" not in done.output
+    assert runner.invoke(app, ["calibrate", model]).exit_code == 0
+    done = runner.invoke(app, ["bench", "offline", model, *asked, *engine, "--repeat", "1"])
+    assert done.exit_code == 0, done.output
+    assert "steps compared with their predictions" in done.output
+    assert json.loads(result.read_text())["predicted_wall_seconds"] > 0
+    done = runner.invoke(app, ["bench", "online", model, *asked, *engine, "--rate", "100"])
+    assert done.exit_code == 0, done.output
+    assert "predicted / measured, ms" in done.output
+    figures = json.loads(result.read_text())
+    said, found, off = (figures[name]["mixed"] for name in ("predicted", "measured", "prediction_errors"))
+    assert off["ttft_seconds.p50"] == pytest.approx(
+        said["ttft_seconds"]["p50"] / found["ttft_seconds"]["p50"] - 1, abs=1e-4
+    )
+    done = runner.invoke(app, ["run", model, "--ids", "1,2,3,4,5", "-n", "4", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["predicted_tpot_seconds"] > 0
+
+
+def test_the_live_check_reaches_the_metrics(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORETELL_HOME", str(tmp_path))
+    model = str(models.prepare("glassllm"))
+    assert CliRunner().invoke(app, ["calibrate", model]).exit_code == 0
+    with LLM(model, kv_cache_bytes=4_000_000, max_model_len=128) as llm:
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=5, ignore_eos=True, detokenize=False), progress=False)
+        engine = llm.assembly.engine
+        text = Metrics(SimpleNamespace(stats=engine.stats), lambda: "m").text().decode()  # type: ignore[arg-type]
+    steps = next(line for line in text.splitlines() if line.startswith("foretell:predicted_steps_total"))
+    assert float(steps.split()[-1]) == 5
+    assert 'foretell:profile_scale{component="linear",model_name="m"} 1.0' in text
+    with LLM(model, kv_cache_bytes=4_000_000, max_model_len=128, num_threads=7) as llm:
+        assert llm.assembly.engine.watcher is None  # calibrated with another number of threads
