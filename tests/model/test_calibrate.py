@@ -92,7 +92,8 @@ def test_a_device_is_measured_through_the_same_code() -> None:
     runner = engine.executor.runner  # type: ignore[attr-defined]
     files = SimpleNamespace(name="glassllm")
     assembly = SimpleNamespace(
-        engine=engine, options=SimpleNamespace(block_size=16, num_threads=None), max_model_len=128, files=files, dtype="float32",
+        engine=engine, options=SimpleNamespace(block_size=16, num_threads=None), max_model_len=128, files=files,
+        dtype="float32",
         weight_format="float32", kernels="reference", device="cpu",
     )  # fmt: skip
     llm: Any = SimpleNamespace(assembly=assembly, spec=runner.model.spec)
