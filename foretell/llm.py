@@ -64,7 +64,7 @@ class LLM:
         first. Everything is checked before anything runs: InvalidRequestError names the prompt at fault.
         TTFT counts from ``arrival`` (a reading of ``now``) if the work began before this call."""
         arrival = self.now if arrival is None else arrival
-        items, _ = as_prompt_list(prompts)
+        items = as_prompt_list(prompts)
         each = self._params_for(items, params)
         prepared = []
         for number, (prompt, own) in enumerate(zip(items, each, strict=True)):
@@ -85,6 +85,8 @@ class LLM:
         """Complete one conversation, or several, through the model's chat template, which is told of ``tools``
         (OpenAI's function objects); ``kwargs`` are those of ``generate``."""
         arrival = self.now
+        if not isinstance(messages, Sequence):
+            raise InvalidRequestError(f"messages must be a list of messages, got {type(messages).__name__}")
         many = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if many else [messages]
         prompts = [self.chat_token_ids(conversation, tools) for conversation in conversations]

@@ -52,6 +52,10 @@ class EngineOptions:
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             _need(value in known, f"{name} {value!r} is unknown: choose one of {', '.join(known)}")
+        _need(
+            self.step_log is None or isinstance(self.step_log, (str, os.PathLike)),
+            f"step_log is the name of a file, got {self.step_log!r}",
+        )
         for name in ("enable_prefix_caching", "batch_invariant"):
             value = getattr(self, name)
             _need(value is True or value is False, f"{name} is True or False, got {value!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from operator import index
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ class PromptPreparer:
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """The same, with the model's end tokens, bad words as ids, and a seed of its own if it has none."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"params must be SamplingParams, got {type(params).__name__}")
         for name in ("allowed_token_ids", "stop_token_ids"):
             for token_id in getattr(params, name) or ():
                 if token_id >= self.vocab_size:
@@ -73,7 +76,14 @@ class PromptPreparer:
 
 
 def _is_index(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    """Whether it is one whole number, also of numpy or torch; a row of them is not."""
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0:
+        return False
+    try:
+        index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
 
 
 def _bad_id(value: object) -> int:
@@ -86,14 +96,12 @@ def _check_kind(prompt: object) -> None:
         raise InvalidRequestError(f"a prompt is text or a list of token ids, got {type(prompt).__name__}")
 
 
-def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """(list of prompts, whether the caller gave just one). A flat list of integers is one prompt."""
+def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as a list. A flat list of integers is one prompt."""
     if isinstance(prompts, str):
-        return [prompts], True
+        return [prompts]
     _check_kind(prompts)
     items: list[Any] = list(prompts)
     if items and all(_is_index(item) for item in items):
-        return [items], True
-    for item in items:
-        _check_kind(item)
-    return items, False
+        return [items]
+    return items

@@ -8,7 +8,6 @@ import numpy as np
 
 from foretell.core.messages import Added, ChunkResult, TokenLogprobs
 from foretell.core.params import SamplingParams
-from foretell.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,8 +85,8 @@ class RequestState:
             return
         try:
             self.form = grammars.matcher(self.params.structured, added.output_token_ids)
-        except InvalidRequestError as error:  # this request fails alone
-            self.form_error = str(error)
+        except Exception as error:  # whatever it is, this request fails alone
+            self.form_error = str(error) or type(error).__name__
 
     def seen_tokens(self) -> SeenTokens:
         """For penalties; kept up to date by ``append``."""

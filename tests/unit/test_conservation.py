@@ -12,6 +12,9 @@ from foretell.core.params import SamplingParams
 from foretell.executor.virtual import VIRTUAL_EOS, LinearCost, VirtualExecutor
 
 NUM_REQUESTS = 10_000
+STARVATION_TURNS = 50
+LONGEST_OUTPUT = 60
+MOST_WAITING = 44
 
 
 @pytest.mark.parametrize(
@@ -26,28 +29,34 @@ def test_conservation_over_ten_thousand_requests(
     policy: str, windows: tuple[int | None, ...], num_blocks: tuple[int, ...], depth: int, chain: int
 ) -> None:
     rng = random.Random(11)
-    lengths = {i: rng.randint(1, 60) for i in range(NUM_REQUESTS)}
+    lengths = {i: rng.randint(1, LONGEST_OUTPUT) for i in range(NUM_REQUESTS)}
     executor = VirtualExecutor(LinearCost(), num_blocks, depth=depth, chain=chain, output_lengths=lengths)
     config = SchedulerConfig(
-        max_num_seqs=16, max_num_batched_tokens=256, max_model_len=400, policy=policy, starvation_turns=50
-    )  # type: ignore[arg-type]
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        max_model_len=400,
+        policy=policy,  # type: ignore[arg-type]
+        starvation_turns=STARVATION_TURNS,
+    )
     engine = Engine(config, executor, windows)
     params = SamplingParams(eos_token_ids=(VIRTUAL_EOS,))
     received = dict.fromkeys(range(NUM_REQUESTS), 0)
     ended: dict[int, str] = {}
-    waited: dict[int, int] = {}
+    last_news: dict[int, int] = {}  # by request: the turn it came, or had its last token
+    longest = 0  # turns without news
     arrived = 0
     while arrived < NUM_REQUESTS or engine.has_work:
-        burst = rng.choice((0, 1, 1, 2, 5)) if engine.scheduler.num_waiting < 40 else 0
+        burst = rng.choice((0, 1, 1, 2, 5)) if engine.scheduler.num_waiting <= MOST_WAITING - 5 else 0
         for _ in range(min(burst, NUM_REQUESTS - arrived)):
             prompt = [(arrived % 7) * 1000 + i for i in range(32)] + [rng.randrange(999)] * rng.randint(1, 150)
             engine.add(arrived, prompt, params, priority=rng.choice((0, 0, 0, 5)))
-            waited[arrived] = engine.scheduler.turn
+            last_news[arrived] = engine.scheduler.turn
             arrived += 1
         for output in engine.step():
             assert output.request_id not in ended
             received[output.request_id] += output.token_id is not None
-            waited.pop(output.request_id, None)
+            longest = max(longest, engine.scheduler.turn - last_news[output.request_id])
+            last_news[output.request_id] = engine.scheduler.turn
             if output.finish_reason:
                 ended[output.request_id] = output.finish_reason
         running = engine.scheduler.running
@@ -55,9 +64,11 @@ def test_conservation_over_ten_thousand_requests(
             victim = rng.choice(running).id
             engine.finish(victim)
             ended[victim] = "abort"
-            waited.pop(victim, None)
         if rng.random() < 0.05 and running:
             engine.preempt(rng.choice(running).id)
+    # once aged it waits for those before it alone, who leave in waves of ``max_num_seqs``; a token takes depth turns
+    waves = -(-MOST_WAITING // config.max_num_seqs)
+    assert longest <= depth * (STARVATION_TURNS + waves * LONGEST_OUTPUT), "a request was starved"
     assert len(ended) == NUM_REQUESTS
     for request_id, reason in ended.items():
         assert reason in ("stop", "abort")

@@ -26,7 +26,7 @@ def test_sequences_beyond_the_token_budget_are_refused_only_if_asked_for() -> No
         {"kv_cache_bytes": -5}, {"num_threads": 0}, {"max_chunk_tokens": -1}, {"watermark": 1.0}, {"watermark": -0.1},
         {"watermark": float("nan")}, {"watermark": "1%"}, {"memory_share": None}, {"memory_share": 0}, {"seed": None},
         {"seed": 2**64}, {"block_size": True}, {"max_chunk_tokens": 2.5}, {"num_threads": 10**6}, {"policy": "best"},
-        {"enable_prefix_caching": "no"}, {"batch_invariant": None}, {"device": "tpu"}, {"tp": 0},
+        {"enable_prefix_caching": "no"}, {"batch_invariant": None}, {"device": "tpu"}, {"tp": 0}, {"step_log": 5},
     ],
     ids=str,
 )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 from foretell.config import SchedulerConfig
 from foretell.core.engine import Engine
 from foretell.core.params import SamplingParams
+from foretell.engine_loop import LocalPort
 from foretell.executor.virtual import LinearCost, VirtualExecutor
 
 PROMPT = list(range(100))  # six full blocks of 16 and four tokens
@@ -37,6 +38,20 @@ def test_a_prompt_asked_eight_times_at_once_is_computed_once(chunk: int, depth: 
     prefill = sum(c["tokens"] for r in records for c in r["chunks"] if c["phase"] == "prefill")
     assert prefill == 100 + 7 * 4
     assert [r.cached_tokens for r in requests] == [0] + [96] * 7
+
+
+def test_outputs_of_one_prompt_wait_for_the_one_that_reads_its_log_probabilities() -> None:
+    records: list[dict[str, Any]] = []
+    engine = engine_with(records)
+    LocalPort(engine).add(
+        0, PROMPT, SamplingParams(n=4, max_tokens=8, prompt_logprobs=2, seed=1), priority=0, arrival=0.0
+    )
+    requests = list(engine.scheduler.requests.values())
+    drain(engine)
+    prefill = sum(c["tokens"] for r in records for c in r["chunks"] if c["phase"] == "prefill")
+    assert prefill == 100 + 3 * 4
+    assert [r.params.prompt_logprobs for r in requests] == [2, None, None, None]
+    assert len({r.params.seed for r in requests}) == 4
 
 
 def test_who_shares_nothing_is_not_held_up_by_those_who_wait() -> None:
