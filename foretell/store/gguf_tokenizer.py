@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from foretell.errors import DownloadError, ModelFormatError, UnsupportedModelError
+from foretell.store.backend import library_errors, probe
 from foretell.store.cache import make_folder, publish
 from foretell.store.pretokenizers import BEGINNING_WITH_BOS, IGNORING_MERGES, NORMALISED_NFC, byte_level_splitter
 
@@ -46,14 +47,10 @@ def build_backend(metadata: Mapping[str, Any], path: Path, cache: Path | None) -
             "tokenizer.json works too"
         )
     tokens, types = _vocabulary(metadata, path)
-    try:
-        with _without_gc():
-            backend = builders[kind](metadata, tokens, types, path, cache)
-            _add_template(backend, metadata, tokens, kind)
-    except (UnsupportedModelError, ModelFormatError):
-        raise
-    except Exception as error:  # the library reports bad vocabularies as plain Exception
-        raise ModelFormatError(f"{path.name} has a broken tokenizer ({str(error)[:200]}); fetch it again") from None
+    with library_errors(f"what {path.name} holds"), _without_gc():
+        backend = builders[kind](metadata, tokens, types, path, cache)
+        _add_template(backend, metadata, tokens, kind)
+        probe(backend)
     return backend
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from foretell.errors import InvalidRequestError, ModelFormatError, UnsupportedModelError
+from foretell.errors import InvalidRequestError, UnsupportedModelError
+from foretell.store.backend import library_errors, probe
 from foretell.store.cache import cache_home
 from foretell.store.chat_template import ChatTemplate
 from foretell.store.detokenize import BYTE_TOKEN, decoding_of, spelled_bytes
@@ -72,6 +73,9 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise InvalidRequestError(f"the prompt is {type(text).__name__}, not text") from None
             raise InvalidRequestError("the prompt holds lone surrogates; send valid Unicode text") from None
+        except Exception as error:  # as a vocabulary does that has neither a token for this nor one for the unknown
+            why = (str(error).splitlines() or [""])[0][:200]
+            raise InvalidRequestError(f"the model's tokenizer cannot spell this prompt ({why})") from None
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -182,15 +186,13 @@ def _from_folder(files: ModelFiles) -> Tokenizer:
     from tokenizers import Tokenizer as BackendClass
 
     folder = files.folder
-    try:
-        backend = BackendClass.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception
-        why = (str(error).splitlines() or [""])[0][:200]
-        raise ModelFormatError(f"{folder / 'tokenizer.json'} is no valid tokenizer ({why}); fetch it again") from None
     config = read_json(folder / "tokenizer_config.json") or {}
     special_map = read_json(folder / "special_tokens_map.json") or {}
     special = _special_tokens(special_map) | _special_tokens(config)
-    _add_tokens(backend, config, [*special.values(), *_more_special(special_map), *_more_special(config)])
+    with library_errors(str(folder / "tokenizer.json")):
+        backend = BackendClass.from_file(str(folder / "tokenizer.json"))
+        _add_tokens(backend, config, [*special.values(), *_more_special(special_map), *_more_special(config)])
+        probe(backend)
     ends = _stated_ends(files)
     if "eos_token" in special and (number := backend.token_to_id(special["eos_token"])) is not None:
         ends.add(number)

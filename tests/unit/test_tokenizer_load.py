@@ -130,6 +130,32 @@ def test_a_broken_tokenizer_file(tmp_path: Path, content: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_frame_of_tokens_that_are_nowhere(tmp_path: Path) -> None:
+    """The library panics on it, at the first prompt; a panic is no Exception, and would end the process."""
+    file = folder(tmp_path) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+    file.write_text(json.dumps(content))
+    with pytest.raises(ModelFormatError, match=r"tokenizer\.json is no valid tokenizer"):
+        load(tmp_path)
+
+
+def test_a_vocabulary_of_words_spells_what_it_can(tmp_path: Path) -> None:
+    backend = Backend(models.WordLevel({"one": 0, "two": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(folder(tmp_path) / "tokenizer.json"))
+    tokenizer = load(tmp_path)
+    assert tokenizer.encode("two one") == [1, 0]
+    with pytest.raises(InvalidRequestError, match="cannot spell") as caught:
+        tokenizer.encode("three")
+    assert "\n" not in str(caught.value)
+
+
 # --- GGUF ------------------------------------------------------------------------------------------------
 
 
