@@ -76,6 +76,12 @@ def serve(
     max_logprobs: Annotated[
         int, typer.Option(min=1, help="Most alternatives per token.", rich_help_panel=_LIMITS)
     ] = 20,
+    max_stops: Annotated[
+        int, typer.Option(min=1, max=64, help="Most stop strings of a request.", rich_help_panel=_LIMITS)
+    ] = 16,
+    max_schema_depth: Annotated[
+        int, typer.Option(min=1, max=32, help="Deepest nesting of a JSON schema.", rich_help_panel=_LIMITS)
+    ] = 32,
     stored_responses: Annotated[
         int,
         typer.Option(min=0, help="Answers of /v1/responses that are kept in memory.", rich_help_panel=_LIMITS),
@@ -147,6 +153,8 @@ def serve(
         max_prompt_chars=max_prompt_chars,
         max_n=max_n,
         max_logprobs=max_logprobs,
+        max_stops=max_stops,
+        max_schema_depth=max_schema_depth,
         stored_responses=stored_responses,
     )
     options = EngineOptions(model=model, **engine.options(), step_log=step_log)

@@ -225,8 +225,12 @@ class EngineClient:
         finally:
             self._calls.pop(call_id, None)
         if command == "set_policy":
-            self.supervisor.options = {**self.supervisor.options, "policy": value["policy"]}
+            self.start_with(policy=value["policy"])
         return value
+
+    def start_with(self, **options: Any) -> None:
+        """What the next engine process starts with, should this one end."""
+        self.supervisor.options = {**self.supervisor.options, **options}
 
     def stats(self) -> Mapping[str, Any]:
         """``Engine.stats``, at most some moments old; counters go on over restarts. ``unfinished``: outputs here."""

@@ -131,7 +131,8 @@ class ReplicaSet:
     # -- administration -----------------------------------------------------------------------------
 
     async def control(self, command: str, **arguments: Any) -> Any:
-        """On every replica that runs; the first one's answer."""
+        """On every replica that runs, and of a policy on those that will again; the first one's answer, or all of
+        their lists as one."""
         running = [replica for replica in self.replicas if replica.is_running]
         if not running:
             raise UnavailableError("no replica is running: try again in a few seconds")
@@ -142,7 +143,10 @@ class ReplicaSet:
         found = [answer for answer in answers if not isinstance(answer, BaseException)]
         if not found:
             raise UnavailableError("no replica answered: try again in a few seconds")
-        return found[0]
+        if command == "set_policy":
+            for replica in self.replicas:
+                replica.start_with(policy=found[0]["policy"])
+        return [record for records in found for record in records] if isinstance(found[0], list) else found[0]
 
     def stats(self) -> Mapping[str, Any]:
         """Sums over the replicas; ``kv_usage`` is the mean; ``replicas`` has each one's own."""

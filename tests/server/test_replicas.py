@@ -124,11 +124,27 @@ def test_commands_reach_every_replica_and_figures_are_summed() -> None:
             await replicas.control("set_policy", name="prefill-first")
             policies = [(await replica.control("stats"))["policy"] for replica in replicas.replicas]
             assert policies == ["prefill-first"] * 3
+            await replicas.control("steps", keep=100)
             await asyncio.gather(*(text_of(replicas, f"{i}") for i in range(9)))
             await until(lambda: replicas.stats()["generation_tokens"] == 72)
             assert all(n > 0 for n in prompt_tokens(replicas))
+            records = await replicas.control("steps", keep=0)
+            assert sum(record["tokens"] for record in records) >= 72  # of one replica alone: a third
             assert replicas.is_ready
             assert replicas.is_healthy
+
+    run(scenario)
+
+
+def test_a_replica_that_is_down_comes_back_with_the_policy_that_was_set_meanwhile() -> None:
+    async def scenario() -> None:
+        async with replica_set(2) as replicas:
+            victim = replicas.replicas[0]
+            os.kill(int(victim.stats()["engine_pid"]), signal.SIGKILL)
+            await until(lambda: not victim.is_running)
+            await replicas.control("set_policy", name="decode-first")
+            await until(lambda: victim.is_running)
+            assert (await victim.control("stats"))["policy"] == "decode-first"
 
     run(scenario)
 

@@ -35,7 +35,8 @@ def test_nothing_of_the_request_is_lost(tiny: LocalTextEngine) -> None:
     for words in ('"name": "f"', '"description": "Does é."', '"arguments": {"a": "é"}', ">\n1\n<", ">\n2\n<", "Yes."):
         assert words in text
     assert text.startswith("<|im_start|>system\n")
-    assert text.count("<|im_start|>user\n") == 3  # two results in one message
+    assert text.count("<|im_start|>user\n") == 2  # two results, and what the user said then, in one message
+    assert text.index("\n1\n") < text.index("\n2\n") < text.index("Thanks.")
 
 
 def test_the_model_is_shown_the_form_that_is_read() -> None:
@@ -50,7 +51,8 @@ def test_the_model_is_shown_the_form_that_is_read() -> None:
 def test_a_system_message_stays_the_first_and_only_one() -> None:
     system = {"role": "system", "content": "Be brief."}
     told = told_in_words([system, *TALK], TOOLS)
-    assert [message["role"] for message in told] == ["system", "user", "assistant", "user", "user"]
+    assert [message["role"] for message in told] == ["system", "user", "assistant", "user"]
+    assert TALK[-1]["content"] == "Thanks.", "and what was sent is as it was"
     assert told[0]["content"].startswith("Be brief.\n\n")
     assert system["content"] == "Be brief."
 

@@ -28,9 +28,9 @@ def told_in_words(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, required: bool = False
 ) -> list[Message]:
     """The conversation with its tools described in the system message, earlier calls written as the model would
-    write them, and their results in a message of the user."""
+    write them, and their results in the user's next message."""
     words: list[Message] = []
-    results: Message | None = None  # the message that collects them: roles take turns in many templates
+    results: Message | None = None  # the user's turn that collects them: roles take turns in many templates
     for message in messages:
         if message["role"] == "tool":
             text = f"<tool_response>\n{message['content']}\n</tool_response>"
@@ -39,6 +39,9 @@ def told_in_words(
                 words.append(results)
             else:
                 results["content"] += f"\n{text}"
+            continue
+        if results is not None and message["role"] == "user":  # coding agents answer and go on in one turn
+            results["content"] += f"\n\n{message['content']}"
             continue
         results = None
         words.append(_with_calls(message) if message.get("tool_calls") else message)
