@@ -291,8 +291,9 @@ class Scheduler:
         )
         prompt_len = request.prompt_len
         plan.added.append(Added(request.id, request.params, request.tokens[:prompt_len], request.tokens[prompt_len:]))
-        self.counters.prefix_cache_queries += len(request.tokens)
-        self.counters.prefix_cache_hits += request.cached_tokens
+        if self.blocks.caching:
+            self.counters.prefix_cache_queries += len(request.tokens)
+            self.counters.prefix_cache_hits += request.cached_tokens
         if request.first_scheduled is None:
             request.first_scheduled = now
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -355,6 +356,14 @@ def test_dummy_weights_run_from_a_bare_config(tmp_path: Path) -> None:
 def test_a_step_log_that_cannot_be_written_is_named_before_loading(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"step log .* cannot be written"):
         LLM(str(models.prepare("glassllm")), step_log=tmp_path / "missing" / "log.jsonl")
+
+
+def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
+    log = tmp_path / "steps.jsonl"
+    with pytest.raises(ForetellError) as caught:
+        LLM(str(tmp_path), step_log=log)  # no model there
+    held = {os.path.realpath(entry) for entry in Path("/proc/self/fd").glob("*")}
+    assert str(log.resolve()) not in held, caught.value
 
 
 def test_a_step_log_on_a_full_disk_ends_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

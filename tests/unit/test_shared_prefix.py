@@ -98,3 +98,13 @@ def test_no_more_are_set_aside_than_could_run_and_the_prompt_is_still_computed_o
         engine.step()
         assert engine.scheduler.waiting.num_aside <= 4
     assert sum(c["tokens"] for r in records for c in r["chunks"] if c["phase"] == "prefill") == 100 + 199 * 4
+
+
+def test_a_prefix_cache_that_is_off_is_not_asked() -> None:
+    for caching, figures in ((True, (200, 96)), (False, (0, 0))):
+        engine = engine_with(enable_prefix_caching=caching)
+        for i in range(2):
+            engine.add(i, PROMPT, ANSWER)
+        drain(engine)
+        counters = engine.scheduler.counters
+        assert (counters.prefix_cache_queries, counters.prefix_cache_hits) == figures
