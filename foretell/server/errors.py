@@ -60,7 +60,8 @@ def as_api_error(error: BaseException) -> ApiError | None:
     if isinstance(error, UnavailableError):
         return ApiError(503, message, code="engine_unavailable", headers={"retry-after": "1"})
     if isinstance(error, DeadlineError):
-        return ApiError(408, message, code="deadline_exceeded")
+        # OpenAI's and Anthropic's clients would else send a 408 again, twice: as much work, for the same end
+        return ApiError(408, message, code="deadline_exceeded", headers={"x-should-retry": "false"})
     if isinstance(error, ForetellError):
         return ApiError(500, message, code="engine_error")
     return None

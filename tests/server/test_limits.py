@@ -195,6 +195,7 @@ def test_deadlines_are_bounded_and_kept(tiny: LocalTextEngine) -> None:
     answer = request(tiny, "POST", "/v1/completions", json={**slow, "timeout_seconds": 0.0001})
     assert answer.status_code == 408
     assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert answer.headers["x-should-retry"] == "false"
     config = ServerConfig(default_timeout_seconds=0.0001)
     assert request(tiny, "POST", "/v1/completions", config, json=slow).status_code == 408
     config = ServerConfig(default_timeout_seconds=0.0001, max_timeout_seconds=0.0002)

@@ -120,3 +120,13 @@ def test_errors_are_the_clients_own_kinds(client: openai.OpenAI, url: str) -> No
         client.completions.create(model="tiny", prompt="x", temperature=-1)
     with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=url, api_key="sk-wrong-key") as other:
         other.models.list()
+
+
+def test_a_deadline_that_passed_is_not_tried_again(client: openai.OpenAI) -> None:
+    """The client sends a 408 again by itself, which here would be the same work for the same end."""
+    patient = client.with_options(max_retries=2)
+    long = {"max_tokens": 480, "extra_body": {"ignore_eos": True, "timeout_seconds": 0.001}}
+    with pytest.raises(openai.APIStatusError, match="was not finished within") as caught:
+        patient.completions.create(model="tiny", prompt="Hello", **long)
+    assert caught.value.status_code == 408
+    assert caught.value.request.headers["x-stainless-retry-count"] == "0"

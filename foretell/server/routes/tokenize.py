@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
@@ -26,7 +28,9 @@ from foretell.server.sampling import check_count
 if TYPE_CHECKING:
     from foretell.store import Tokenizer
 
+T = TypeVar("T")
 router = APIRouter()
+_THREAD_TOKENS = 4096
 
 
 @router.post(
@@ -45,7 +49,9 @@ async def tokenize(request: Request) -> Response:
         ids = await token_ids(server.engine, body.prompt, special, server.config.max_prompt_chars)
     else:
         ids = await prompt_ids_aside(server.engine, _chat(body, server))
-    texts = [tokenizer.token(i) or "" for i in ids] if body.return_token_strs else None
+    texts = (
+        await _aside(len(ids), lambda: [tokenizer.token(i) or "" for i in ids]) if body.return_token_strs else None
+    )
     about = server.engine.about
     return json_response(
         {"count": len(ids), "max_model_len": about.max_model_len, "tokens": ids, "token_strs": texts}
@@ -77,7 +83,13 @@ async def detokenize(request: Request) -> Response:
     server.check_model(body.model)
     tokenizer = _tokenizer(server)
     ids = server.engine.preparer.token_ids(body.tokens) if body.tokens else []
-    return json_response({"prompt": tokenizer.decode(ids, skip_special_tokens=False)})
+    text = await _aside(len(ids), lambda: tokenizer.decode(ids, skip_special_tokens=False))
+    return json_response({"prompt": text})
+
+
+async def _aside(tokens: int, work: Callable[[], T]) -> T:
+    """In a thread, if it takes long enough for others to notice."""
+    return await asyncio.to_thread(work) if tokens > _THREAD_TOKENS else work()
 
 
 def _tokenizer(server: Server) -> Tokenizer:
