@@ -171,7 +171,8 @@ def _show_memory(console: Console, inspection: Inspection) -> None:
     console.print(f"weights     {weights}")
     if inspection.stored:
         kinds = ", ".join(
-            f"{kind.tensors} tensors in {kind.type} ({kind.bits_per_parameter:.1f} bits)"
+            f"{kind.tensors} {'tensors' if kind.tensors > 1 else 'tensor'} in {kind.type} "
+            f"({kind.bits_per_parameter:.1f} bits)"
             for kind in inspection.stored
         )
         stored = units.binary_bytes(sum(kind.bytes for kind in inspection.stored))

@@ -13,6 +13,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from foretell.store.cache import cache_home
+
 SOURCES = (
     "cpu_attention.h",
     "cpu_common.h",
@@ -39,13 +41,6 @@ BUILD_SECONDS = 300
 
 class BuildError(Exception):
     """Why there are no C++ kernels here, in one line."""
-
-
-def cache_home() -> Path:
-    if home := os.environ.get("FORETELL_HOME"):
-        return Path(home)
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "foretell"
 
 
 @cache

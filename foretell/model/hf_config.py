@@ -162,6 +162,8 @@ def read_rope(
     share of a head, None in families whose implementation rotates whole heads only.
     """
     modern = config.mapping("rope_parameters")
+    if layer_type is None and any(isinstance(value, Mapping) for value in modern.values()):
+        raise config.unsupported("rope_parameters by layer type", "one rope for all layers in this family")
     if layer_type is not None and layer_type in modern:
         modern = ConfigReader(modern, config.architecture, "rope_parameters").mapping(layer_type)
     elif layer_type == "sliding_attention":

@@ -190,6 +190,7 @@ def test_architecture_from_model_type_alone() -> None:
         (LLAMA_8B, {"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*LlamaForCausalLM"),
         (LLAMA_8B, {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         (LLAMA_8B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        (LLAMA_8B, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters by layer type"),
         (LLAMA_8B, {"hidden_act": "relu2"}, "relu2"),
         (LLAMA_8B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA_8B, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
