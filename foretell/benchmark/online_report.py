@@ -101,6 +101,8 @@ def run_virtual(
     for policy, report in reports.items():
         say(f"\n{policy}: {_one_line(report)}")
         say(latency_table(report))
+        if objectives.any:
+            say(goodput_line(report))
     say(trade_off(reports, objectives))
     return {
         "bench": "online-virtual",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -85,7 +86,7 @@ def split_words(words: list[str]) -> tuple[str, str]:
         raise typer.BadParameter(f"a model and a prompt, but {len(words)} words came: put the prompt in quotes")
     if len(words) == 2:
         return words[0], words[1]
-    if words[0] in ALIASES:
+    if words[0] in ALIASES or words[0].endswith(".gguf") or ("/" in words[0] and Path(words[0]).is_dir()):
         raise typer.BadParameter(f'{words[0]} is a model: give a prompt too, as in foretell run {words[0]} "Hello"')
     return DEFAULT_MODEL, words[0]
 

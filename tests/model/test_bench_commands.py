@@ -125,7 +125,9 @@ def test_online_compares_policies_on_the_same_arrivals(model):
 
 
 def test_online_in_virtual_time_needs_no_weights(model):
-    result, text = run("online", model, "--virtual", "--rate", 5, "--num-requests", 40, "--compare-policies")
+    options = ("--rate", 5, "--num-requests", 40, "--compare-policies", "--slo", "tpot=0ms")
+    result, text = run("online", model, "--virtual", *options)
+    assert text.count("(0 % of all)") == 3
     assert {r["output_tokens"] for r in result["virtual"].values()} == {40 * 128}
     assert "virtual time" in text
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import foretell
 from foretell.assembly import EngineOptions
-from foretell.cli import bench_options, options, units
+from foretell.cli import bench_options, options, serve_options, units
 from foretell.cli.app import app
 from foretell.cli.groups import grouped
 from foretell.cli.guard import guarded
@@ -25,6 +25,7 @@ from foretell.cli.run import parse_ids, split_words
 from foretell.cli.session import visible
 from foretell.core.params import SamplingParams
 from foretell.errors import ConfigError, ForetellError, InvalidRequestError
+from foretell.server.config import ServerConfig
 from foretell.store import ALIASES, DEFAULT_MODEL
 
 COMMANDS = (
@@ -80,7 +81,8 @@ def test_version(cli: CliRunner) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["nonsense"], ["run", "a", "b", "c"], ["run", "smollm2-135m"], ["run", "hi", "--no-such-option"],
+        ["nonsense"], ["run", "a", "b", "c"], ["run", "smollm2-135m"], ["run", "./model.gguf"],
+        ["run", "hi", "--no-such-option"], ["run", "./"],
         ["run", "hi", "--dtype", "int3"], ["run", "hi", "--max-tokens", "0"], ["run", "hi", "--policy", "first-come"],
         ["run", "hi", "--raw", "--system", "x"], ["run", "hi", "--logprobs", "many"], ["inspect", "a", "b"],
         ["run", "hi", "--kv-cache-bytes", "lots"], ["run", "--ids", "1,2", "--system", "x"], ["bench", "nonsense"],
@@ -125,6 +127,15 @@ def test_engine_options_mean_the_same_to_every_command() -> None:
     assert {f.name for f in fields(bench_options.BenchEngine)} <= {f.name for f in fields(EngineOptions)}
     assert {f.name for f in fields(options.Sampling)} <= {f.name for f in fields(SamplingParams)}
     assert EngineOptions("m", **options.Engine().options()) == EngineOptions("m")
+    assert EngineOptions("m", **serve_options.ServeEngine().options()) == EngineOptions("m")
+
+
+def test_the_servers_options_are_its_configuration() -> None:
+    limits = serve_options.Limits(timeout_seconds=5.0, max_body_bytes=7, max_n=3)
+    config = ServerConfig(**serve_options.Reach(port=1, api_key=["a" * 8]).config("m"), **limits.config())
+    assert (config.port, config.api_keys, config.served_model_names) == (1, ("a" * 8,), ("m",))
+    assert (config.default_timeout_seconds, config.max_timeout_seconds) == (5.0, 5.0)
+    assert (config.max_body_bytes, config.max_n) == (7, 3)
 
 
 @pytest.mark.parametrize(
