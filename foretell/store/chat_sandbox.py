@@ -138,6 +138,7 @@ class SandboxedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
         guarded: dict[str, Callable[..., Any]] = {
             "tojson": _tojson, "join": _join, "replace": _replace, "indent": _indent, "string": _string,
+            "format": _format, "sum": _sum,
             "_metered": _metered, "_checked": _checked, "_emitted": _emitted, "_written": _written,
         }  # fmt: skip
         self.filters = {name: self.filters[name] for name in _KEPT_FILTERS} | guarded
@@ -171,9 +172,7 @@ class SandboxedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             bound_bits(left.bit_length() * max(right, 0))
         elif operator == "%" and isinstance(left, str):
-            if WIDE_PERCENT.search(left):
-                raise TemplateLimitError("it formats with a large or computed width")
-            bounded(len(left) + (left.count("%") * printed_size(right)))
+            _bound_percent(left, right)
         elif operator == "+" and isinstance(left, (list, tuple, str)):
             size = len(left) + (len(right) if isinstance(right, (list, tuple, str)) else 0)
             bounded(size if isinstance(left, str) else size * 16)
@@ -202,6 +201,27 @@ def _tojson(
     if indent is not None and not 0 <= indent <= 16:
         raise TemplateLimitError("it indents JSON by more than 16")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _bound_percent(text: str, values: Any) -> None:
+    if WIDE_PERCENT.search(text):
+        raise TemplateLimitError("it formats with a large or computed width")
+    bounded(len(text) + text.count("%") * printed_size(values))
+
+
+def _format(value: Any, *args: Any, **kwargs: Any) -> str:
+    """``"%s-%s" | format(a, b)``."""
+    text, values = str(value), kwargs or args
+    _bound_percent(text, values)
+    return text % values
+
+
+def _sum(value: Any, attribute: str | int | None = None, start: float = 0) -> float:
+    """Of numbers; what else Python can add up grows without bound."""
+    items = [item[attribute] if attribute is not None else item for item in _turns(value)]
+    if not all(isinstance(number, (int, float)) for number in [start, *items]):
+        raise TemplateRuntimeError("sum takes numbers alone")
+    return sum(items, start)
 
 
 def _string(value: Any) -> str:

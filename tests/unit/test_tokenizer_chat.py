@@ -70,6 +70,8 @@ You are helpful<|im_end|>
 {% for x in [] %}{% else %}empty{% endfor %}{% for k, v in {'p': 1}.items() %}{{ k }}={{ v }}{% endfor %}
 {{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | length }} {{ 'x' in 'xyz' }}
 {{ "tab\\there" }} {{ messages[-1]['content'].startswith('2') }} {{ [3, 1, 2] | sort | first }} {{ true and not false }}""",
+    "sums and formats": """{{ '%s is %05.1f' | format('x', 2.5) }} {{ '%(a)s' | format(a='ü') }} {{ [1, 2.5] | sum }}
+{{ [{'n': 3}, {'n': 4}] | sum(attribute='n', start=10) }} {{ [] | sum }}""",
     "recursion": """{% for item in [{'n': 1, 'c': [{'n': 2, 'c': []}]}] recursive %}{{ item.n }}({{ loop(item.c) }}){{ loop.depth }}{% endfor %}
 {% for i in range(4) %}{{ loop.cycle('a', 'b') }}{{ loop.nextitem }}{{ loop.previtem }}{{ loop.revindex }}{% endfor %}""",
 }
@@ -161,6 +163,10 @@ HOSTILE = {
     "power": "{{ 10 ** 99999 }}",
     "growing product": "{% set n = namespace(x=9) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
     "percent width": "{{ '%1000000000d' % 1 }}",
+    "percent filter": "{{ '%1000000000d' | format(1) }}",
+    "percent star filter": "{{ '%*d' | format(1000000000, 1) }}",
+    "sum of lists": "{% set n = namespace(s=[1]) %}{% for a in range(99) %}{% set n.s = [n.s, n.s] | sum(start=[]) %}"
+    "{% endfor %}",
     "percent star": "{{ '%*d' % (1000000000, 1) }}",
     "format width": "{{ '{:1000000000}'.format(1) }}",
     "nested format width": "{{ '{:{w}}'.format(1, w=1000000000) }}",
