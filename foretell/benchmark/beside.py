@@ -44,7 +44,7 @@ def foretold(
     try:
         return simulate(
             workload, spec.vocab_size, config, num_blocks, windows, StepCost(profile),
-            max_output_tokens=max_output_tokens,
+            max_output_tokens=max_output_tokens, overlaps=profile.overlaps,
         )  # fmt: skip
     except BeyondProfileError:
         return None

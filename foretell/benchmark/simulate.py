@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from foretell.benchmark.recording import Recording
 from foretell.config import SchedulerConfig
 from foretell.core.engine import Engine
 from foretell.core.messages import Batch
@@ -33,10 +34,15 @@ def simulate(
     cost: Callable[[Batch], float],
     *,
     max_output_tokens: int | None = None,
+    overlaps: bool = False,
+    recording: Recording | None = None,
 ) -> VirtualRun:
-    """Serve the workload with an engine of this configuration whose steps take what ``cost`` says."""
-    executor = VirtualExecutor(cost, num_blocks)
+    """Serve the workload with an engine of this configuration whose steps take what ``cost`` says. ``overlaps``: as a
+    device does it, with the next step planned while one runs."""
+    executor = VirtualExecutor(cost, num_blocks, depth=2 if overlaps else 1, chain=1 if overlaps else 0)
     engine = Engine(config, executor, windows)
+    if recording is not None:
+        recording.watch(engine)
     admitted: list[Request] = []
     times: list[list[float]] = []
     arrivals = [request.arrival_seconds for request in workload.requests]
@@ -49,7 +55,10 @@ def simulate(
             admitted.append(engine.add(index, ids, params, arrival=arrivals[index]))
             times.append([])
         until = arrivals[len(admitted)] if len(admitted) < len(arrivals) else None
+        before = executor.now
         if stretch := engine.run_ahead(until):
+            if recording is not None:
+                recording.stretch(stretch, before)
             for request_id in stretch.request_ids:
                 times[request_id] += stretch.finished
             continue

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MAX_REQUESTS = 1_000_000
 DEFAULT_LENGTH = "128"  # tokens
 DEFAULT_REQUESTS = 16
+GAMMA = 0.25  # burstiness of gamma arrivals unless one is given: gaps vary twice as much as a Poisson process's
 ENOUGH = 1.5  # requests drawn for a duration, times those expected in it: what comes after is cut off
 
 
@@ -83,6 +84,18 @@ class Traffic:
             max_prompt_tokens=self.max_prompt_tokens,
             max_output_tokens=self.max_output_tokens,
         )
+
+
+def burstiness_of(kind: str, burstiness: float | None) -> float:
+    """Of arrivals named "poisson", "gamma" or "constant". ConfigError where the number contradicts the name; a number
+    alone means gamma, as it always did."""
+    if kind == "constant":
+        if burstiness is not None:
+            raise ConfigError("constant arrivals have no burstiness: leave one of the two out")
+        return math.inf
+    if kind == "gamma":
+        return GAMMA if burstiness is None else burstiness
+    return 1.0 if burstiness is None else burstiness
 
 
 @dataclass(frozen=True, slots=True)

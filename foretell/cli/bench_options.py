@@ -60,8 +60,19 @@ Rate = Annotated[
     typer.Option(help="Requests per second; 1 unless a trace has times of its own.", rich_help_panel=_WHEN),
 ]
 Burstiness = Annotated[
-    float,
-    typer.Option(help="1: Poisson; below: bursts; above: steadier; inf: constant gaps.", rich_help_panel=_WHEN),
+    float | None,
+    typer.Option(
+        help="Of the gaps: 1 Poisson (if not given), below bursts, above steadier, inf constant.",
+        rich_help_panel=_WHEN,
+    ),
+]
+ArrivalsKind = Annotated[
+    Literal["poisson", "gamma", "constant"],
+    typer.Option(
+        "--arrivals",
+        help="Gaps between requests: poisson, gamma (as bursty as --burstiness says), constant.",
+        rich_help_panel=_WHEN,
+    ),
 ]
 TimeScale = Annotated[
     float, typer.Option(min=0, help="Multiplies a trace's gaps: 0.5 is twice as fast.", rich_help_panel=_WHEN)
@@ -138,14 +149,18 @@ class ArrivalsGroup:
     """When it is asked."""
 
     rate: Rate = None
-    burstiness: Burstiness = 1.0
+    arrivals_kind: ArrivalsKind = "poisson"
+    burstiness: Burstiness = None
     time_scale: TimeScale = 1.0
     duration_seconds: Duration = None
 
     def arrivals(self) -> Arrivals:
-        from foretell.benchmark.traffic import Arrivals
+        """ConfigError where kind and burstiness contradict each other."""
+        from foretell.benchmark.traffic import Arrivals, burstiness_of
 
-        return Arrivals(**asdict(self))
+        given = asdict(self)
+        given["burstiness"] = burstiness_of(given.pop("arrivals_kind"), given["burstiness"])
+        return Arrivals(**given)
 
 
 @dataclass(frozen=True)

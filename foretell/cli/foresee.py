@@ -47,11 +47,14 @@ def calibrate(weights: o.Weights, model: o.Model = DEFAULT_MODEL, output: Profil
     from foretell.benchmark.commands import check_writable
     from foretell.cli.session import open_model
     from foretell.cost.calibrate import calibrate as measure
+    from foretell.cost.calibrate import kv_bytes_to_measure
     from foretell.cost.named import own_path
     from foretell.progress import points_bar
 
     check_writable(output)
-    with open_model(model, **weights.options(), enable_prefix_caching=False) as llm:
+    options = weights.options()
+    kv_bytes = options.pop("kv_cache_bytes", None) or kv_bytes_to_measure(options.get("device", "auto"))
+    with open_model(model, **options, kv_cache_bytes=kv_bytes, enable_prefix_caching=False) as llm:
         with points_bar("calibrating") as report:
             profile = measure(llm, report)
         path = output or own_path(profile.model)
@@ -92,6 +95,10 @@ def simulate(
     compare_policies: b.ComparePolicies = False,
     slo: b.Slo = None,
     json_file: b.JsonFile = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Write steps and requests to this file, for ui.perfetto.dev.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the run: a name that ends in .svg or .html.")] = None,
     offline: o.Offline = False,
 ) -> None:
     """How fast would it be? The engine's own scheduler, in virtual time, on a calibrated machine.
@@ -103,23 +110,25 @@ def simulate(
       foretell simulate --rate 2
       foretell simulate --rate 2 --compare-policies --slo ttft=500ms,tpot=60ms
       foretell simulate --trace azure.csv --num-requests 1000 --time-scale 20
+      foretell simulate ./llama-3.1-8b --profile h200 --rate 20 --duration 60 --timeline run.json --plot run.svg
     """
     from foretell.assembly import EngineOptions
     from foretell.benchmark import predict
-    from foretell.benchmark.commands import Asked, finish, with_rate
-    from foretell.benchmark.setup import virtual_subject
-    from foretell.cost.named import open_profile
+    from foretell.benchmark.commands import Asked, check_writable, finish, with_rate
+    from foretell.loadgen.plot import check_plot_name
 
     objectives = b.objectives(slo)
     asked = Asked(model, capacity.options() | {"offline": offline or None}, what.traffic(), 1, json_file)
     asked.check()
     asked, arrivals = with_rate(asked, when.arrivals())
-    subject = virtual_subject(EngineOptions(model=model, **asked.engine_options()))
-    found = open_profile(profile, subject.spec, model=subject.name, dtype=subject.dtype)
-    built = arrivals.apply(asked.traffic.build(subject.spec.vocab_size, None), asked.traffic.seed)
+    check_plot_name(plot)
+    for file in (timeline, plot):
+        check_writable(file)
+    subject = predict.simulated(EngineOptions(model=model, **asked.engine_options()), profile)
+    built = arrivals.apply(asked.traffic.build(subject.profile.spec.vocab_size, None), asked.traffic.seed)
     subject.check(built)
     policies: tuple[PolicyName, ...] = get_args(PolicyName) if compare_policies else (capacity.policy,)
     result = predict.run(
-        found, built, subject.config, subject.num_blocks, policies=policies, objectives=objectives, say=print
+        subject, built, policies=policies, objectives=objectives, say=print, timeline=timeline, plot=plot
     )
     finish(result, json_file)

@@ -29,6 +29,7 @@ from foretell.errors import ConfigError
 if TYPE_CHECKING:
     from foretell.llm import LLM
 
+CPU_KV_BYTES = 3 << 30
 Report = Callable[[int, int, str], None]  # points done, points in all, what is being measured
 Pairs = tuple[tuple[int, int], ...]
 
@@ -53,7 +54,7 @@ CPU_GRID = Grid(
     tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
     rows=(1, 2, 4, 8, 16, 32, 64),
     decode=tuple((n, keys) for n in (1, 4, 16, 64) for keys in (64, 512, 2048, 8192)),
-    prefill=tuple((length, start) for length in (32, 128, 512, 2048) for start in (0, 512, 2048, 8192)),
+    prefill=tuple((length, start) for length in (32, 128, 512, 1024) for start in (0, 512, 2048, 6144)),
     host=(1, 8, 32),
     held_out=60,
 )
@@ -68,7 +69,7 @@ DEVICE_GRID = Grid(
 
 
 def calibrate(llm: LLM, report: Report = lambda done, total, what: None, grid: Grid | None = None) -> Profile:
-    """About three minutes. Runs in the engine's own thread; the engine serves nobody meanwhile."""
+    """Some three minutes. Runs in the engine's own thread; the engine serves nobody meanwhile."""
     bench = StepBench(llm)
     grid = grid or (CPU_GRID if bench.device is None else DEVICE_GRID)
     measuring = _Measuring(bench, grid, lambda done, what: report(done, grid.points + grid.held_out, what))
@@ -219,6 +220,17 @@ def host_curve(llm: LLM, counts: tuple[int, ...]) -> Curve:
         if gaps:
             points.append((float(count), max(0.0, statistics.median(gaps))))
     return Curve.of(points or [(1.0, 0.0)])
+
+
+def kv_bytes_to_measure(device: str) -> int | None:
+    """A cache no larger than the grid needs: it is filled with numbers. None leaves a GPU's as it is."""
+    import torch
+
+    from foretell.memory import default_kv_bytes
+
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return None
+    return min(CPU_KV_BYTES, default_kv_bytes())
 
 
 def machine_name(device: str = "cpu") -> str:

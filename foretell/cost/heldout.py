@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ def random_shapes(llm: LLM, count: int, most_seqs: int, seed: int = 1) -> Iterat
         shape = [ChunkShape(rng.randrange(1, reach), 1) for _ in range(running)]
         if number % 3 or not shape:
             widest = min(1024, config.max_num_batched_tokens, longest) - running
-            length = rng.randrange(min(8, widest - 1), widest)
+            length = round(math.exp(rng.uniform(math.log(min(8, widest)), math.log(widest))))
             shape.append(ChunkShape(rng.choice((0, rng.randrange(longest - length + 1))), length, rng.random() < 0.5))
         yield tuple(shape)
 

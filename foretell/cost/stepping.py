@@ -31,7 +31,8 @@ PIECE = 16  # tokens of each sequence where attention shall not count
 MOST_PIECES = 32  # on a device, which has a head for each of them
 FIRST_ID = 1 << 40  # no request of the engine has such an id
 POINT_SECONDS, FEWEST, MOST = 0.25, 3, 60  # spent on one point, and between how many runs
-LONGEST_SECONDS = 4.0  # a point that one run takes longer for is left out
+SLOW_SECONDS = 0.5  # a point that one run takes longer for is run once more, and no further
+LONGEST_SECONDS = 3.0  # a point that one run takes longer for is left out
 CYCLES_PER_SECOND = 1.8e9  # of a device's clock, roughly: the pause need not be exact
 
 Shape = tuple[ChunkShape, ...]
@@ -112,10 +113,12 @@ class StepBench:
         if self.device is not None and sum(map(len, shapes)) > self.max_seqs:
             return self._one_by_one(shapes)
         with self._requests(shapes) as (firsts, again):
-            if any(self._timed(first) > LONGEST_SECONDS for first in firsts):
+            longest = max(self._timed(first) for first in firsts)
+            if longest > LONGEST_SECONDS:
                 return None
+            fewest = 1 if longest > SLOW_SECONDS else FEWEST
             times: list[list[float]] = [[] for _ in shapes]
-            while len(times[0]) < FEWEST or (sum(map(sum, times)) < POINT_SECONDS and len(times[0]) < MOST):
+            while len(times[0]) < fewest or (sum(map(sum, times)) < POINT_SECONDS and len(times[0]) < MOST):
                 for own, batch in zip(times, again, strict=True):
                     own.append(self._timed(batch))
             return [statistics.median(own) for own in times]

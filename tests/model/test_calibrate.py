@@ -78,7 +78,16 @@ def test_calibrate_then_simulate(quick: None, tmp_path: Path) -> None:
     assert set(figures["predicted"]) == {"prefill-first", "decode-first", "mixed"}
     for report in figures["predicted"].values():
         assert report["requests"] == 20
+        assert 0 < report["load"]["kv_usage_max"] <= 1
         assert report["ttft_seconds"]["p50"] > 0
+    files = ["--timeline", str(tmp_path / "t.json"), "--plot", str(tmp_path / "p.svg"), "--arrivals", "constant"]
+    done = runner.invoke(app, ["simulate", model, "--profile", str(path), *asked, *files])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert (tmp_path / "p.svg").read_text().startswith("<svg")
+    done = runner.invoke(app, ["simulate", model, "--profile", "h100", *asked])
+    assert done.exit_code == 0, done.output
+    assert "data sheet" in done.output
     other = runner.invoke(app, ["simulate", str(models.prepare("microformer")), "--profile", str(path), *asked])
     assert other.exit_code == 1
     assert "layers are" in other.output
