@@ -19,6 +19,7 @@ from foretell.errors import ConfigError, ModelFormatError
 from foretell.inspection import inspect_model
 from foretell.kernels import get_kernels
 from foretell.model.families import FAMILIES, resolve_spec, tensor_naming
+from foretell.model.hf_config import ACTIVATIONS
 from foretell.model.load import load_dummy, load_model, resolve_dtype, spec_for
 from foretell.model.parameters import count_parameters, weight_shapes
 from foretell.model.transformer import Transformer
@@ -118,6 +119,14 @@ def test_a_tied_pair_may_be_stored_under_the_heads_name(tmp_path: Path) -> None:
     state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
     save_file(state, tmp_path / "model.safetensors")
     assert torch.equal(prompt_logits(load(tmp_path), PROMPT), wanted)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_what_transformers_calls_so(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-8, 8, 1001)
+    torch.testing.assert_close(KERNELS.activate(x, ACTIVATIONS[name]), ACT2FN[name](x), atol=1e-6, rtol=0)
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
