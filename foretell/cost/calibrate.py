@@ -12,10 +12,10 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import foretell
 from foretell.core.params import SamplingParams
 from foretell.cost.devices import DEVICES
 from foretell.cost.floor import ChunkShape
@@ -93,6 +93,8 @@ class _Measuring:
         self._done = 0
 
     def profile(self, llm: LLM) -> Profile:
+        import torch
+
         bench = self.bench
         bench.fill_cache()
         head = self.head()
@@ -109,7 +111,7 @@ class _Measuring:
             kernels=llm.assembly.kernels,
             hardware=machine_name(llm.assembly.device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={name: version(name) for name in ("foretell", "torch")},
+            versions={"foretell": foretell.__version__, "torch": torch.__version__.partition("+")[0]},
             block_size=bench.block_size,
             linear=Curve.of(linear),
             head=head,

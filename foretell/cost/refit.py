@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from statistics import median
 
 from foretell.cost.profile import Profile
-from foretell.cost.step import Estimate
+from foretell.cost.step import Estimate, Parts
 
 LOWEST, HIGHEST = 0.5, 2.0  # no scale leaves these: what is farther off wants a new calibration
 RIDGE = 0.02  # of a step's weight, for every scale: a sum over the steps outweighs it soon
@@ -53,18 +53,22 @@ class Scales:
             prefill_rate=profile.prefill_rate.scaled(self.prefill_attention),
         )
 
-    def seconds(self, estimate: Estimate) -> float:
+    def seconds(self, step: Estimate | Parts) -> float:
         """Of the step, without the host."""
-        linear, head = self.linear * estimate.linear, self.head * estimate.head
-        decode = self.decode_attention * estimate.decode_attention
-        return max(estimate.least, linear + head + decode + self.prefill_attention * estimate.prefill_attention)
+        linear, head = self.linear * step.linear, self.head * step.head
+        decode, prefill = (
+            self.decode_attention * step.decode_attention,
+            self.prefill_attention * step.prefill_attention,
+        )
+        total = linear + head + decode + prefill
+        return total if total > step.least else step.least
 
 
 COMPONENTS = tuple(field.name for field in fields(Scales))
 DEVICE_PARTS = COMPONENTS[:-1]
 
 
-def fitted_scales(steps: Sequence[tuple[Estimate, float]], *, ridge: float = RIDGE) -> Scales:
+def fitted_scales(steps: Sequence[tuple[Estimate | Parts, float]], *, ridge: float = RIDGE) -> Scales:
     """From estimates and measured seconds (without the host's) of the same steps. What stays far from the fit is left
     out of the next one: a neighbour's burst is not the machine."""
     kept = [(estimate, seconds) for estimate, seconds in steps if seconds > estimate.least and estimate.device > 0]
@@ -77,14 +81,15 @@ def fitted_scales(steps: Sequence[tuple[Estimate, float]], *, ridge: float = RID
     return scales
 
 
-def _least_squares(steps: Sequence[tuple[Estimate, float]], ridge: float) -> Scales:
+def _least_squares(steps: Sequence[tuple[Estimate | Parts, float]], ridge: float) -> Scales:
     """Scales at a bound stay there, and the others are solved for again."""
     import numpy as np
 
     if not steps:
         return Scales()
     parts = len(DEVICE_PARTS)
-    shares = np.array([[getattr(estimate, name) / seconds for name in DEVICE_PARTS] for estimate, seconds in steps])
+    parts_of = [(s.linear, s.head, s.decode_attention, s.prefill_attention) for s, _ in steps]
+    shares = np.array(parts_of) / np.array([[seconds] for _, seconds in steps])
     normal = shares.T @ shares + ridge * len(steps) * np.eye(parts)
     wanted = shares.sum(axis=0) + ridge * len(steps)
     scales, free = np.ones(parts), np.ones(parts, dtype=bool)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from foretell.core.messages import Batch
+from foretell.core.messages import Batch, Chunk
 from foretell.cost.floor import Span
 from foretell.cost.grid import FARTHEST, BeyondProfileError
 from foretell.cost.profile import Kind, Profile, attended
@@ -51,6 +51,22 @@ class Estimate:
     @property
     def seconds(self) -> float:
         return max(self.device, self.host) if self.hidden else self.device + self.host
+
+
+class Parts(NamedTuple):
+    """Seconds of a step by component, without the host's; see ``Estimate``. ``excess``: doublings off the grid."""
+
+    linear: float
+    head: float
+    decode_attention: float
+    prefill_attention: float
+    least: float
+    kind: Kind
+    excess: float
+
+    @property
+    def device(self) -> float:
+        return max(self.least, self.linear + self.head + self.decode_attention + self.prefill_attention)
 
 
 @dataclass(slots=True)
@@ -102,6 +118,13 @@ class StepCost:
         return replace(
             estimate, low=seconds * max(0.0, 1 - (1 - low) * wider), high=seconds * (1 + (high - 1) * wider)
         )
+
+    def parts(self, chunks: list[Chunk]) -> Parts:
+        """What the live check wants of a step, in a fraction of ``estimate``'s time."""
+        work = self._work(chunks)
+        linear, head, _ = self._fixed(work)
+        least = 0.0 if self._has_graph(work) else self.profile.eager_seconds
+        return Parts(linear, head, work.decode_attention, work.prefill_attention, least, work.kind, work.excess)
 
     def decode_seconds(self, positions: Sequence[int]) -> Iterator[float]:
         """Of consecutive steps of one token for each sequence, the first one at these positions."""

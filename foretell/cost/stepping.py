@@ -33,6 +33,7 @@ FIRST_ID = 1 << 40  # no request of the engine has such an id
 POINT_SECONDS, FEWEST, MOST = 0.25, 3, 60  # spent on one point, and between how many runs
 SLOW_SECONDS = 0.5  # a point that one run takes longer for is run once more, and no further
 LONGEST_SECONDS = 3.0  # a point that one run takes longer for is left out
+EAGER_SECONDS, GRAPH_SECONDS = 0.02, 0.002  # to launch a step of kernels, before the first is timed; of a graph
 CYCLES_PER_SECOND = 1.8e9  # of a device's clock, roughly: the pause need not be exact
 
 Shape = tuple[ChunkShape, ...]
@@ -118,7 +119,8 @@ class StepBench:
                 return None
             fewest = 1 if longest > SLOW_SECONDS else FEWEST
             times: list[list[float]] = [[] for _ in shapes]
-            while len(times[0]) < fewest or (sum(map(sum, times)) < POINT_SECONDS and len(times[0]) < MOST):
+            until = time.perf_counter() + POINT_SECONDS
+            while len(times[0]) < fewest or (time.perf_counter() < until and len(times[0]) < MOST):
                 for own, batch in zip(times, again, strict=True):
                     own.append(self._timed(batch))
             return [statistics.median(own) for own in times]
@@ -159,14 +161,15 @@ class StepBench:
     def _timed_on_device(self, runner: DeviceRunner, batch: Batch) -> float:
         import torch
 
-        launch = max(self.launches[-1] if self.launches else 0.02, 1e-3)
+        eager = any(chunk.length > 1 for chunk in batch.chunks) or runner.graphs is None
+        launch = (self.launches[-1] if self.launches else EAGER_SECONDS) if eager else GRAPH_SECONDS
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         with torch.cuda.stream(runner.stream):
             torch.cuda._sleep(int(1.5 * launch * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
             begin.record(runner.stream)
             step = runner.submit(batch)
             end.record(runner.stream)
-        if any(chunk.length > 1 for chunk in batch.chunks):
+        if eager:
             self.launches.append(step.launched_seconds)
         runner.collect(step)
         end.synchronize()

@@ -51,7 +51,7 @@ def test_a_machine_as_measured_is_left_alone() -> None:
 
 def test_now_and_then_a_slow_step_teaches_nothing() -> None:
     watch = StepWatch(ideal())
-    serve(watch, Scales(), 600, every_slow=20)
+    serve(watch, Scales(), 900, every_slow=20)
     assert not watch.wrong
     for scale in watch.scales.as_dict().values():
         assert scale == pytest.approx(1.0, abs=0.02)
@@ -61,10 +61,10 @@ def test_a_slower_machine_is_followed_slowly_and_told_of_once() -> None:
     told: list[StepWatch] = []
     watch = StepWatch(ideal(), told.append)
     truth = Scales(1.5, 1.5, 1.5, 1.5)
-    serve(watch, truth, 64)
+    serve(watch, truth, 128)
     first = watch.scales.linear
     assert 1.0 < first < 1.3  # a quarter of the way
-    serve(watch, truth, 2000)
+    serve(watch, truth, 4000)
     assert told == [watch]
     assert watch.wrong
     assert "50 % longer" in watch.words()
@@ -80,3 +80,21 @@ def test_steps_beyond_the_profile_are_counted_and_harm_nobody() -> None:
     watch(Batch(0, [Chunk(0, 10**9, 1, (), True)]), Result(0, [], 0.0, 1.0))
     assert watch.figures()["beyond_profile"] == 1
     assert watch.figures()["steps"] == 0
+
+
+def test_the_parts_are_the_estimates() -> None:
+    cost = StepCost(ideal())
+    for batch in batches(50):
+        estimate, parts = cost.estimate(batch.chunks), cost.parts(batch.chunks)
+        assert parts.kind == estimate.kind
+        for name in ("linear", "head", "decode_attention", "prefill_attention", "device"):
+            assert getattr(parts, name) == pytest.approx(getattr(estimate, name), rel=1e-12)
+
+
+def test_quick_steps_are_looked_at_now_and_then() -> None:
+    watch, batch = StepWatch(ideal()), Batch(0, [Chunk(0, 1, 1, (), True)])
+    seconds = StepCost(ideal()).estimate(batch.chunks).device
+    for _ in range(2000):
+        watch(batch, Result(0, [], 0.0, seconds))
+    assert seconds < 1e-3
+    assert 128 <= watch.steps < 1000
