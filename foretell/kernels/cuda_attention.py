@@ -127,6 +127,7 @@ class CudaAttention(ReferenceKernels):
             out = torch.empty(S, H * D, dtype=qkv.dtype, device=qkv.device)
         longest = tables.shape[1] * block_size if window is None else min(tables.shape[1] * block_size, window)
         how = cuda_tuning.decode(S * G, D, num_multiprocessors(qkv.device), longest)
+        how = how.wide() if qkv.element_size() == 4 else how
         share, splits = H // G, how.splits
         block_h, block_d = power_of_two(share, 16), power_of_two(D, 16)
         cos, sin = rotation if rotation is not None else (qkv, qkv)

@@ -41,6 +41,10 @@ class Decode:
     num_warps: int
     ahead: int  # tiles of keys asked for before the inputs are there
 
+    def wide(self) -> Decode:
+        """For float32: tiles that shared memory holds."""
+        return replace(self, block_n=32, stages=2)
+
 
 @dataclass(frozen=True, slots=True)
 class Prefill:

@@ -39,9 +39,10 @@ def _unpack_sequence(
     total = tl.minimum(tl.maximum(held + new_end - new_begin, 1), width)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside, is_new = c < total, (c >= held) & (new_end > new_begin)
-    old = tl.load(resident + slot * width + c, mask=inside & (c < held), other=0)
+    # a row that only pads has nothing held and nothing new: its first block is the resident one too
+    old = tl.load(resident + slot * width + c, mask=inside & ~is_new, other=0)
     new = tl.load(words + new_at + new_begin + c - held, mask=inside & is_new, other=0)
-    block = tl.where(c < held, old, new)
+    block = tl.where(is_new, new, old)
     tl.store(tables + s * width + c, block, mask=inside)
     tl.store(resident + slot * width + c, block, mask=inside & is_new)
 

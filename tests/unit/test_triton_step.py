@@ -10,7 +10,7 @@ import torch
 
 from foretell.config import SchedulerConfig
 from foretell.worker.step_buffers import StepBuffers, step_layout, unpack_torch
-from foretell.worker.step_ends import greedy_torch
+from foretell.worker.step_ends import Unpack, greedy_torch
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -80,6 +80,27 @@ def test_unpacking_equals_torch(lengths: list[int]) -> None:
         for s, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             used = -(-(start + length) // 4)
             assert torch.equal(ours.tables[group][s, :used], theirs.tables[group][s, :used])
+
+
+@pytest.mark.parametrize("unpack", [unpack_torch, unpack_triton])
+def test_rows_that_pad_a_graph_write_to_the_spare_block_alone(unpack: Unpack) -> None:
+    """Two sequences in a step of four: the two rows that pad it must touch nobody's block."""
+    buffers = StepBuffers(CONFIG, (50, 60), 1000, DEVICE, in_flight=1)
+    layout, words = step_layout(4, 4, 2), buffers.staging_host[0].numpy()
+    words[layout.slots] = [0, 1, buffers.spare_slot, buffers.spare_slot]
+    words[layout.starts], words[layout.query_starts] = [8, 5, 0, 0], range(5)
+    words[layout.tokens] = [11, 12, 0, 0]
+    for group in range(2):
+        buffers.resident[group][:2, :2] = torch.tensor([[3, 4], [5, 6]], dtype=torch.int32, device=DEVICE)
+        words[layout.first_new[group]] = [2, 2, 0, 0]
+        words[layout.new_starts[group]] = [group, *[group + 1] * 4]
+    words[layout.new_blocks : layout.new_blocks + 2] = [7, 9]
+    buffers.send(0, layout.new_blocks + 2)
+    unpack(buffers, layout, 1, [1, 1])
+    for group, (new, spare) in enumerate(((7, 50), (9, 60))):
+        assert buffers.kv_slots[group][:4].tolist() == [4 * new, 4 * 6 + 1, 4 * spare, 4 * spare]
+        assert buffers.tables[group][:4, 0].tolist() == [3, 5, spare, spare]
+        assert buffers.resident[group][buffers.spare_slot, :2].tolist() == [spare, spare]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
