@@ -18,7 +18,7 @@ import torch
 
 from foretell import LLM
 from foretell.benchmark.tables import table
-from foretell.cost.calibrate import kv_bytes_to_measure
+from foretell.cost.machine import kv_bytes_to_measure
 from foretell.cost.named import open_profile
 from foretell.cost.step import StepCost
 from foretell.cost.stepping import StepBench, decodes

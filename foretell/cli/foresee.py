@@ -47,7 +47,7 @@ def calibrate(weights: o.Weights, model: o.Model = DEFAULT_MODEL, output: Profil
     from foretell.benchmark.commands import check_writable
     from foretell.cli.session import open_model
     from foretell.cost.calibrate import calibrate as measure
-    from foretell.cost.calibrate import kv_bytes_to_measure
+    from foretell.cost.machine import kv_bytes_to_measure
     from foretell.cost.named import own_path
     from foretell.progress import points_bar
 

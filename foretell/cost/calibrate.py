@@ -7,31 +7,33 @@ for prefill attention. What a component takes is the difference to the step with
 
 from __future__ import annotations
 
-import platform
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import foretell
 from foretell.core.params import SamplingParams
-from foretell.cost.devices import DEVICES
 from foretell.cost.floor import ChunkShape
 from foretell.cost.grid import Curve, Surface
 from foretell.cost.heldout import with_held_out
+from foretell.cost.machine import device_key, machine_name
 from foretell.cost.profile import Profile, attended
-from foretell.cost.stepping import PIECE, Shape, StepBench, decodes, pieces, rows
+from foretell.cost.stepping import PIECE, Shape, StepBench, decodes, rows
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError
 
 if TYPE_CHECKING:
     from foretell.llm import LLM
 
-CPU_KV_BYTES = 3 << 30
 Report = Callable[[int, int, str], None]  # points done, points in all, what is being measured
 Pairs = tuple[tuple[int, int], ...]
+Key = tuple[int, ...]  # a point of the grid
+Job = tuple[str, Key, Callable[[], float | None]]  # component, point, how to measure it
+ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +86,27 @@ def calibrate(llm: LLM, report: Report = lambda done, total, what: None, grid: G
 
 
 class _Measuring:
-    """The grid, component by component, in the engine's thread."""
+    """The grid, component by component, in the engine's thread.
+
+    Every point is measured once in each of several rounds, and has the median of them: who else uses the machine for
+    a minute is met by all points in one round, not by some in all.
+    """
 
     def __init__(self, bench: StepBench, grid: Grid, report: Callable[[int, str], None]) -> None:
         self.bench = bench
         self.grid = grid
         self._report = report
-        self._done = 0
 
     def profile(self, llm: LLM) -> Profile:
         import torch
 
         bench = self.bench
         bench.fill_cache()
-        head = self.head()
-        own_linear = self.decode_linear(head) if bench.device is not None else None
-        linear, decode, prefill = self.linear(head), self.decode(), self.prefill()
+        found = self._measured(self._jobs())
+        head = Curve.of([(float(key[0]), seconds) for key, seconds in found["head"].items()])
+        linear = self._linear(found["linear"], head)
+        own_linear = self._decode_linear(found["decode linear"], head)
+        decode, prefill = found["decode attention"], found["prefill attention"]
         if not (linear and head.x and decode and prefill):
             raise ConfigError("nothing could be measured: the KV cache is too small, raise kv_cache_bytes")
         graphs = getattr(bench.device, "graphs", None)
@@ -116,8 +123,8 @@ class _Measuring:
             linear=Curve.of(linear),
             head=head,
             host=Curve.of([(1.0, 0.0)]),
-            decode_rate=Surface.of(decode),
-            prefill_rate=Surface.of(prefill),
+            decode_rate=Surface.of([self._decode_rate(*key, seconds) for key, seconds in decode.items()]),
+            prefill_rate=Surface.of([self._prefill_rate(*key, seconds) for key, seconds in prefill.items()]),
             low=1.0,
             high=1.0,
             median_error=0.0,
@@ -130,72 +137,72 @@ class _Measuring:
             eager_seconds=statistics.median(bench.launches) if graphs and bench.launches else 0.0,
         )
 
-    def _each(self, what: str, points: tuple[int, ...]) -> Iterator[int]:
-        for point in points:
-            self._report(self._done, what)
-            self._done += 1
-            yield point
+    def _measured(self, jobs: Sequence[Job]) -> dict[str, dict[Key, float]]:
+        """By component and point; points that do not fit, or take too long, are left out."""
+        rounds = ROUNDS if self.bench.device is None else 1
+        values: dict[tuple[str, Key], list[float]] = {}
+        for done in range(rounds):
+            for number, (what, key, measure) in enumerate(jobs):
+                self._report(round((done + number / len(jobs)) * self.grid.points / rounds), what)
+                if done and (what, key) not in values:
+                    continue
+                if (seconds := measure()) is not None:
+                    values.setdefault((what, key), []).append(seconds)
+        found: dict[str, dict[Key, float]] = {what: {} for what, _, _ in jobs} | {"decode linear": {}}
+        for (what, key), own in values.items():
+            found[what][key] = statistics.median(own)
+        return found
 
-    def head(self) -> Curve:
-        """The head and sampling by rows; alone on a device, where no step goes without."""
-        points = []
-        for count in self._each("head and sampling", self.grid.rows):
-            if self.bench.device is not None:
-                seconds = self.bench.head_seconds(count)
+    def _jobs(self) -> list[Job]:
+        grid, bench, on_device = self.grid, self.bench, self.bench.device is not None
+        jobs: list[Job] = []
+        for count in grid.rows:
+            bare, sampled = rows(count, sample=False), rows(count, sample=True)
+            if on_device:  # where no step goes without the head
+                jobs.append(("head", (count,), partial(bench.head_seconds, count)))
+                jobs.append(("decode linear", (count,), partial(bench.seconds, sampled)))
             else:
-                seconds = self.bench.beyond(rows(count, sample=True), rows(count, sample=False))
-            if seconds is not None:
-                points.append((float(count), seconds))
-        return Curve.of(points)
+                jobs.append(("head", (count,), partial(bench.beyond, sampled, bare)))
+        fitting = [tokens for tokens in grid.tokens if tokens <= bench.max_tokens]
+        jobs += [("linear", (tokens,), partial(bench.seconds, self._plain(tokens))) for tokens in fitting]
+        for count, keys in grid.decode:
+            shapes = decodes(count, keys), rows(count, sample=True)
+            jobs.append(("decode attention", (count, keys), partial(bench.beyond, *shapes)))
+        for length, start in grid.prefill:
+            base = bench.pieces(length)
+            if PIECE < length <= bench.max_tokens and len(base) > 1:
+                chunk = (ChunkShape(start, length, False),)
+                jobs.append(("prefill attention", (length, start), partial(bench.beyond, chunk, base)))
+        return jobs
 
-    def linear(self, head: Curve) -> list[tuple[float, float]]:
+    def _plain(self, tokens: int) -> Shape:
+        """As the tokens of a decode step up to its usual size, then of prompts; on a device always of prompts."""
+        if self.bench.device is None and tokens <= self.grid.rows[-1]:
+            return rows(tokens, sample=False)
+        return self.bench.pieces(tokens)
+
+    def _linear(self, found: dict[Key, float], head: Curve) -> list[tuple[float, float]]:
         """Everything that sees each token alone, by tokens."""
-        points, most_rows = [], self.grid.rows[-1]
-        for tokens in self._each("linear layers", self.grid.tokens):
-            if tokens > self.bench.max_tokens:
-                continue
-            if self.bench.device is None:  # as the tokens of a decode step up to its usual size, then of prompts
-                shape = rows(tokens, sample=False) if tokens <= most_rows else pieces(tokens)
-                extra = 0.0
-            else:
-                shape = self.bench.pieces(tokens)
-                extra = head(len(shape))
-            if (seconds := self.bench.seconds(shape)) is not None:
-                points.append((float(tokens), max(0.0, seconds - extra)))
-        return points
+        on_device = self.bench.device is not None and bool(head.x)
+        return [
+            (float(tokens), max(0.0, seconds - (head(len(self._plain(tokens))) if on_device else 0.0)))
+            for (tokens, *_), seconds in found.items()
+        ]
 
-    def decode_linear(self, head: Curve) -> Curve | None:
+    def _decode_linear(self, found: dict[Key, float], head: Curve) -> Curve | None:
         """The same for decode steps on a device, at the sizes that graphs have."""
-        found = {count: self.bench.seconds(rows(count, sample=True)) for count in self.grid.rows}
-        points = [(float(n), max(0.0, seconds - head(n))) for n, seconds in found.items() if seconds is not None]
+        points = [(float(key[0]), max(0.0, seconds - head(key[0]))) for key, seconds in found.items()]
         return Curve.of(points) if points else None
 
-    def decode(self) -> list[tuple[float, float, float]]:
+    def _decode_rate(self, count: int, keys: int, seconds: float) -> tuple[float, float, float]:
         """(sequences, keys of each, seconds per query-key pair)."""
-        points = []
-        for count, keys in self._each_pair("decode attention", self.grid.decode):
-            seconds = self.bench.beyond(decodes(count, keys), rows(count, sample=True))
-            if seconds is not None:
-                pairs = count * (self._attended(keys - 1, 1) - 1)
-                points.append((float(count), pairs / count + 1, seconds / pairs))
-        return points
+        pairs = count * (self._attended(keys - 1, 1) - 1)
+        return float(count), pairs / count + 1, seconds / pairs
 
-    def prefill(self) -> list[tuple[float, float, float]]:
+    def _prefill_rate(self, length: int, start: int, seconds: float) -> tuple[float, float, float]:
         """(query tokens, keys at their end, seconds per query-key pair)."""
-        points = []
-        for length, start in self._each_pair("prefill attention", self.grid.prefill):
-            base: Shape = self.bench.pieces(length)
-            if not PIECE < length <= self.bench.max_tokens or len(base) < 2:
-                continue
-            seconds = self.bench.beyond((ChunkShape(start, length, False),), base)
-            if seconds is not None:
-                pairs = self._attended(start, length) - sum(self._attended(0, c.length) for c in base)
-                points.append((float(length), float(start + length), seconds / pairs))
-        return points
-
-    def _each_pair(self, what: str, points: Pairs) -> Iterator[tuple[int, int]]:
-        for index in self._each(what, tuple(range(len(points)))):
-            yield points[index]
+        pieces_pairs = sum(self._attended(0, chunk.length) for chunk in self.bench.pieces(length))
+        return float(length), float(start + length), seconds / (self._attended(start, length) - pieces_pairs)
 
     def _attended(self, start: int, length: int) -> float:
         return attended(self.bench.spec.kv_groups, self.bench.spec.num_layers, start, length)
@@ -222,36 +229,3 @@ def host_curve(llm: LLM, counts: tuple[int, ...]) -> Curve:
         if gaps:
             points.append((float(count), max(0.0, statistics.median(gaps))))
     return Curve.of(points or [(1.0, 0.0)])
-
-
-def kv_bytes_to_measure(device: str) -> int | None:
-    """A cache no larger than the grid needs: it is filled with numbers. None leaves a GPU's as it is."""
-    import torch
-
-    from foretell.memory import default_kv_bytes
-
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return None
-    return min(CPU_KV_BYTES, default_kv_bytes())
-
-
-def machine_name(device: str = "cpu") -> str:
-    """The processor or device, as its maker calls it."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {len(names) or 1} threads"
-
-
-def device_key(device: str) -> str:
-    """Which of ``DEVICES`` this is; "" for none of them."""
-    if device != "cuda":
-        return ""
-    name = machine_name(device).lower()
-    return next((key for key in sorted(DEVICES, key=len, reverse=True) if key in name.replace(" ", "")), "")

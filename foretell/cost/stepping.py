@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 PIECE = 16  # tokens of each sequence where attention shall not count
 MOST_PIECES = 32  # on a device, which has a head for each of them
 FIRST_ID = 1 << 40  # no request of the engine has such an id
-POINT_SECONDS, FEWEST, MOST = 0.25, 3, 60  # spent on one point, and between how many runs
-SLOW_SECONDS = 0.5  # a point that one run takes longer for is run once more, and no further
+POINT_SECONDS, FEWEST, MOST = 0.1, 3, 60  # spent on one point at a time, and between how many runs
+SLOW_SECONDS = 0.5  # a point that one run takes longer for is not run again
 LONGEST_SECONDS = 3.0  # a point that one run takes longer for is left out
 EAGER_SECONDS, GRAPH_SECONDS = 0.02, 0.002  # to launch a step of kernels, before the first is timed; of a graph
 CYCLES_PER_SECOND = 1.8e9  # of a device's clock, roughly: the pause need not be exact
@@ -114,13 +114,12 @@ class StepBench:
         if self.device is not None and sum(map(len, shapes)) > self.max_seqs:
             return self._one_by_one(shapes)
         with self._requests(shapes) as (firsts, again):
-            longest = max(self._timed(first) for first in firsts)
-            if longest > LONGEST_SECONDS:
-                return None
-            fewest = 1 if longest > SLOW_SECONDS else FEWEST
+            warm = [self._timed(first) for first in firsts]
+            if max(warm) > SLOW_SECONDS:
+                return None if max(warm) > LONGEST_SECONDS else warm
             times: list[list[float]] = [[] for _ in shapes]
             until = time.perf_counter() + POINT_SECONDS
-            while len(times[0]) < fewest or (time.perf_counter() < until and len(times[0]) < MOST):
+            while len(times[0]) < FEWEST or (time.perf_counter() < until and len(times[0]) < MOST):
                 for own, batch in zip(times, again, strict=True):
                     own.append(self._timed(batch))
             return [statistics.median(own) for own in times]
