@@ -123,8 +123,8 @@ class _Measuring:
             linear=Curve.of(linear),
             head=head,
             host=Curve.of([(1.0, 0.0)]),
-            decode_rate=Surface.of([self._decode_rate(*key, seconds) for key, seconds in decode.items()]),
-            prefill_rate=Surface.of([self._prefill_rate(*key, seconds) for key, seconds in prefill.items()]),
+            decode_rate=Surface.of([self._decode_rate(n, keys, t) for (n, keys), t in decode.items()]),
+            prefill_rate=Surface.of([self._prefill_rate(n, start, t) for (n, start), t in prefill.items()]),
             low=1.0,
             high=1.0,
             median_error=0.0,
@@ -148,7 +148,7 @@ class _Measuring:
                     continue
                 if (seconds := measure()) is not None:
                     values.setdefault((what, key), []).append(seconds)
-        found: dict[str, dict[Key, float]] = {what: {} for what, _, _ in jobs} | {"decode linear": {}}
+        found: dict[str, dict[Key, float]] = {"decode linear": {}, **{what: {} for what, _, _ in jobs}}
         for (what, key), own in values.items():
             found[what][key] = statistics.median(own)
         return found
