@@ -12,6 +12,7 @@ from foretell.cli.foresee import calibrate, simulate
 from foretell.cli.guard import Commands, guarded
 from foretell.cli.inspect import inspect
 from foretell.cli.models import models
+from foretell.cli.plan import plan
 from foretell.cli.run import run
 from foretell.cli.run_batch import run_batch
 from foretell.cli.serve import serve
@@ -55,4 +56,5 @@ app.command("run-batch")(guarded(run_batch))
 app.add_typer(bench_app, name="bench")
 app.command("calibrate")(guarded(calibrate))
 app.command("simulate")(guarded(simulate))
+app.command("plan")(guarded(plan))
 app.command("version")(guarded(show_version))

@@ -180,6 +180,16 @@ class StepCost:
         work.excess = max(work.excess, linear.excess(work.tokens), profile.head.excess(work.sampled or 1))
         return work
 
+    def without_histories(self, tokens: int, sampled: int, sequences: int, *, decodes: bool) -> Estimate:
+        """Of a step of such a size, its attention and its interval left out."""
+        kind: Kind = "decode" if decodes else "prefill"
+        work = _Work(sequences, tokens, sampled, kind=kind)
+        linear, head, host = self._fixed(work)
+        least = 0.0 if self._has_graph(work) else self.profile.eager_seconds
+        return Estimate(
+            linear, head, 0.0, 0.0, host, 0.0, 0.0, self._source(work), kind, least, self.profile.overlaps
+        )
+
     def _fixed(self, work: _Work) -> tuple[float, float, float]:
         """Seconds of linear layers, head and host, which take no lengths of histories."""
         profile, rows = self.profile, work.sampled

@@ -118,7 +118,9 @@ class Extent:
     peak_running: int
     most_tokens: int  # in one step
     longest_chunk: int
-    blocks_short: bool  # a request found no room, was preempted, or a cached block was taken for another
+    refused: bool  # a request found no room
+    preempted: bool
+    evicted: bool  # a cached block was taken for another
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +191,7 @@ def _extent(replicas: Sequence[Replica]) -> Extent:
         max(s.counters.peak_running for s in schedulers),
         max(replica.executor.most_tokens for replica in replicas),
         max(replica.executor.longest_chunk for replica in replicas),
-        any(
-            s.admission.refusals or s.counters.preemptions or any(pool.evictions for pool in s.blocks.pools)
-            for s in schedulers
-        ),
+        any(s.admission.refusals for s in schedulers),
+        any(s.counters.preemptions for s in schedulers),
+        any(pool.evictions for s in schedulers for pool in s.blocks.pools),
     )
