@@ -335,7 +335,8 @@ def test_a_plan_says_what_starts_it_and_survives_its_file(tmp_path: Path) -> Non
     assert set(data["engine"]) <= set(plans.ENGINE_FIELDS)
     assert data["winner"]["bound"] in TERMS
     low, value, high = (data["predicted"]["ttft_p90 s"][name] for name in ("low", "value", "high"))
-    assert low < value < high
+    assert low <= value <= high
+    assert low < high
     told = "\n".join(report(made))
     assert f"bound by {data['winner']['bound']}" in told
     assert "policy decode-first" in told
