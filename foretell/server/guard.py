@@ -25,6 +25,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 log = logging.getLogger("foretell.server")
 DRAIN_SECONDS = 1.0
+DRAIN_BYTES = 64 << 20  # of a body whose length was stated, however small the limit of bodies is
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -82,7 +83,9 @@ class _Body:
 
     def __init__(self, receive: Receive, headers: dict[str, str]) -> None:
         self._receive = receive
-        self.is_expected = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        length = headers.get("content-length", "0")
+        self.is_expected = length != "0" or "transfer-encoding" in headers
+        self._stated_bytes = int(length) if length.isdecimal() and len(length) < 18 else 0
 
     async def receive(self) -> MutableMapping[str, Any]:
         message = await self._receive()
@@ -91,7 +94,8 @@ class _Body:
         return message
 
     async def drain(self, max_bytes: int) -> None:
-        """Read the rest, within limits."""
+        """Read the rest, within limits: a stated length is an end in sight, other bodies may have none."""
+        max_bytes = max(max_bytes, min(self._stated_bytes, DRAIN_BYTES))
         read = 0
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
