@@ -14,7 +14,8 @@ DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 MAX_THREADS = 1024
 DEFAULT_MAX_SEQS = {"cpu": 64, "cuda": 256}
-DEFAULT_MAX_TOKENS = {"cpu": 2048, "cuda": 8192}  # per step: a GPU needs thousands to be busy
+# per step: a GPU needs thousands to be busy; a CPU is with hundreds, and everybody waits for a step that is long
+DEFAULT_MAX_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class EngineOptions:
     load_format: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None  # 64 on a CPU, 256 on a GPU; max_num_batched_tokens where that is less
-    max_num_batched_tokens: int | None = None  # 2048 on a CPU, 8192 on a GPU
+    max_num_batched_tokens: int | None = None  # 512 on a CPU, 8192 on a GPU
     max_chunk_tokens: int = 0
     kv_cache_bytes: int | None = None
     device: str = "auto"

@@ -29,7 +29,7 @@ def test_impossible_devices_and_shares_are_refused() -> None:
 
 def test_a_gpu_takes_more_sequences_and_tokens_unless_told_otherwise() -> None:
     cpu, gpu = (scheduler_config(EngineOptions(model="m"), 4096, device) for device in ("cpu", "cuda"))
-    assert (cpu.max_num_seqs, cpu.max_num_batched_tokens, cpu.admission_batch) == (64, 2048, 1)
+    assert (cpu.max_num_seqs, cpu.max_num_batched_tokens, cpu.admission_batch) == (64, 512, 1)
     assert (gpu.max_num_seqs, gpu.max_num_batched_tokens, gpu.admission_batch) == (256, 8192, 8)
     own = EngineOptions(model="m", max_num_seqs=7, max_num_batched_tokens=100, admission_batch=2)
     told = scheduler_config(own, 4096, "cuda")
