@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError, ForetellError
-from foretell.executor.load import Phases, load
+from foretell.executor.load import Phases, kv_cache_dtype, load
 from foretell.options import EngineOptions, context_len, resolve_device, scheduler_config
 from foretell.step_log import StepLog
 
@@ -68,10 +68,12 @@ def assemble(
     *,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     on_phase: Callable[[str, float], None] | None = None,
+    on_load: Callable[[int, int], None] | None = None,
 ) -> Assembly:
     """Build the engine that ``options`` describes. Raises a ForetellError with the reason if it cannot be.
-    ``on_phase`` hears of each phase of the start when it is done, and of its seconds."""
-    phases = Phases(on_phase)
+    ``on_phase`` hears of each phase of the start when it is done, and of its seconds; ``on_load`` of the bytes of
+    weights loaded and in all, from several threads, one at a time."""
+    phases = Phases(on_phase, on_load)
     with contextlib.ExitStack() as undo:  # a start that fails leaves nothing open or running
         step_log = None if options.step_log is None else StepLog(options.step_log)
         if step_log is not None:
@@ -117,18 +119,19 @@ def _start(
     engine = Engine(config, executor, [g.window for g in spec.kv_groups], on_event=on_event, on_step=step_log)
     executor.use_grammars(GrammarCompiler(lambda: tokenizer, spec.vocab_size))
     _watch(engine, options, device, files.name, spec, loaded)
-    sizes = block_bytes(spec, config.block_size, dtype.itemsize)
+    kv_dtype = kv_cache_dtype(options, dtype)
+    sizes = block_bytes(spec, config.block_size, kv_dtype.itemsize)
     return Assembly(
         options=options,
         files=files,
         spec=spec,
         tokenizer=tokenizer,
         engine=engine,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(kv_dtype).removeprefix("torch."),
         weight_format=loaded.weight_format,
         kv_bytes=sum(n * size for n, size in zip(executor.num_blocks, sizes, strict=True)),
-        kv_bytes_per_token=spec.kv_bytes_per_token(dtype.itemsize),
-        kv_element_bytes=dtype.itemsize,
+        kv_bytes_per_token=spec.kv_bytes_per_token(kv_dtype.itemsize),
+        kv_element_bytes=kv_dtype.itemsize,
         weight_bytes=loaded.weight_bytes,
         kernels=loaded.kernels,
         max_model_len=min(max_model_len, engine.scheduler.blocks.max_tokens_per_request),

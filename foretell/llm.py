@@ -31,9 +31,15 @@ class LLM:
     """
 
     def __init__(
-        self, model: str, *, on_event: Callable[[dict[str, Any]], None] | None = None, **options: Any
+        self,
+        model: str,
+        *,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        on_load: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> None:
-        self.assembly: Assembly = assemble(EngineOptions(model=str(model), **options), on_event=on_event)
+        made = EngineOptions(model=str(model), **options)
+        self.assembly: Assembly = assemble(made, on_event=on_event, on_load=on_load)
         self.tokenizer: Tokenizer | None = self.assembly.tokenizer
         self.spec = self.assembly.spec
         self.service = EngineService(self.assembly.engine, self.tokenizer, kv_bytes=self._kv_bytes)

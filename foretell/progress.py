@@ -36,6 +36,22 @@ def generation_bar(total: int | None) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
+def loading_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """For weights on their way to memory; yields a function (bytes loaded, bytes in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as bar:
+        task = bar.add_task(title, total=None)
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
 def points_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """For measuring point by point; yields a function (points done, points in all, what is being measured)."""
     from rich.console import Console

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def open_model(model: str, **options: Any) -> LLM:
-    """The model, ready to serve; on a terminal, downloads show a bar and loading a spinner.
+    """The model, ready to serve; on a terminal, downloads and loading show a bar.
 
     Options are checked before anything is fetched, and files are fetched before torch is imported: what cannot
     work says so at once. ``assembly.phases`` has the seconds of every phase, fetching included in "resolve".
@@ -28,21 +28,21 @@ def open_model(model: str, **options: Any) -> LLM:
     started = time.perf_counter()
     resolve(model, offline=options.get("offline"))
     fetching = time.perf_counter() - started
-    with _spinner(f"loading {model} …"):
+    with _bar(f"loading {model}") as report:
         from foretell.llm import LLM
 
-        llm = LLM(model, **options)
+        llm = LLM(model, on_load=report, **options)
     phases = llm.assembly.phases
     phases["resolve"] = phases.get("resolve", 0.0) + fetching
     return llm
 
 
-def _spinner(text: str) -> Any:
+def _bar(title: str) -> Any:
     if not sys.stderr.isatty():
         return nullcontext()
-    from rich.console import Console
+    from foretell.progress import loading_bar
 
-    return Console(stderr=True).status(text, refresh_per_second=4)  # the CPU has better things to do
+    return loading_bar(title)
 
 
 class TextOut:

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 class Phases:
     """Times the phases of a start."""
 
-    def __init__(self, on_phase: Callable[[str, float], None] | None) -> None:
+    def __init__(
+        self, on_phase: Callable[[str, float], None] | None, on_load: Callable[[int, int], None] | None = None
+    ) -> None:
         self.seconds: dict[str, float] = {}
-        self._on_phase = on_phase
+        self._on_phase, self._on_load = on_phase, on_load
         self._last = time.perf_counter()
 
     def done(self, name: str) -> None:
@@ -35,6 +37,11 @@ class Phases:
         self._last = now
         if self._on_phase is not None:
             self._on_phase(name, self.seconds[name])
+
+    def loading(self, dtype: torch.dtype) -> Callable[[int, int], None] | None:
+        """To be told of parameters loaded and in all, in this dtype; None if nobody wants to know."""
+        tell, size = self._on_load, dtype.itemsize
+        return None if tell is None else lambda done, total: tell(done * size, total * size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,13 @@ def load(
     return load_there(options, files, spec, config, dtype, phases)
 
 
+def kv_cache_dtype(options: EngineOptions, dtype: torch.dtype) -> torch.dtype:
+    """Of keys and values: the model's, unless the options say fewer bits."""
+    import torch
+
+    return torch.float8_e4m3fn if options.kv_cache_dtype == "fp8" else dtype
+
+
 def _load_on_gpu(
     options: EngineOptions,
     files: ModelFiles,
@@ -81,19 +95,23 @@ def _load_on_gpu(
     torch.zeros(1, device=device)
     phases.done("device")
     kernels = get_kernels(options.kernels, device="cuda", batch_invariant=options.batch_invariant)
-    compiling = kernels.prepare(spec, dtype, options.block_size, device)
+    kv_dtype, kept_as = kv_cache_dtype(options, dtype), options.quantization
+    compiling = kernels.prepare(spec, dtype, options.block_size, device, kv_dtype=kv_dtype, quantization=kept_as)
     phases.done("kernels")
     if options.load_format == "dummy":
-        model = load_dummy(spec, kernels, dtype, options.seed, activation_dtype=dtype, device=device)
+        model = load_dummy(
+            spec, kernels, dtype, options.seed, activation_dtype=dtype, device=device, quantization=kept_as
+        )
     else:
-        model = load_model(files, spec, kernels, dtype, activation_dtype=dtype, device=device)
+        progress, on = phases.loading(dtype), {"activation_dtype": dtype, "device": device}
+        model = load_model(files, spec, kernels, dtype, progress, **on, quantization=kept_as)
     phases.done("weights")
     compiling()
     phases.done("compiling")
     executor, ledger = cuda_executor(
         model,
         config,
-        dtype,
+        kv_dtype,
         device,
         memory_share=options.memory_share,
         kv_cache_bytes=options.kv_cache_bytes,
@@ -122,7 +140,8 @@ def _load_here(
     if options.load_format == "dummy":
         model = load_dummy(spec, kernels, dtype, options.seed)
     else:
-        model = load_model(files, spec, kernels, dtype, keep_quantised=options.dtype == "auto")
+        progress = phases.loading(dtype)
+        model = load_model(files, spec, kernels, dtype, progress, keep_quantised=options.dtype == "auto")
     phases.done("weights")
     num_blocks = plan_blocks(spec, config, options.kv_cache_bytes or default_kv_bytes(), dtype.itemsize)
     kv = allocate(spec, num_blocks, config.block_size, dtype)

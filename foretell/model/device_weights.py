@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-PIECE_BYTES = 16 << 20  # of a file, read into pinned memory while the piece before it crosses the bus
+PIECE_BYTES = 8 << 20  # of a file, read into pinned memory while the piece before it crosses the bus
+SHARED_BYTES = 256 << 20  # a tensor this large (embedding, head) is read by several threads
+SHARERS = 6
 
 
 class DeviceDummyWeights:
@@ -69,6 +72,7 @@ class DeviceFileWeights(FileWeights):
         super().__init__(source, spec)
         self.device = device
         self._lane = _Lanes(device)
+        self._sharers = ThreadPoolExecutor(SHARERS, thread_name_prefix="foretell-read")
         self._sums: list[tuple[str, Tensor]] = []
 
     def _read_raw(self, place: Source, dtype: torch.dtype) -> Tensor:
@@ -76,14 +80,32 @@ class DeviceFileWeights(FileWeights):
         if last is not None and last[:2] == (place.name, dtype):
             return last[2]
         self._kept.last = last = None
-        tensor = self._lane.mine().fetch(self.source, place.name, dtype)
+        tensor = self._fetch(place.name, dtype)
         self._sums.append((place.name, tensor.sum(dtype=torch.float32)))
         if place.transform is not None:
             self._kept.last = (place.name, dtype, tensor)
         return tensor
 
+    def _fetch(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor on the device, in ``dtype``."""
+        if not isinstance(self.source, SafetensorsSource):
+            return self.source.read(name, dtype).to(self.device)
+        path, offset, nbytes = self.source.place(name)
+        lane = self._lane.mine()
+        raw = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        if nbytes < SHARED_BYTES:
+            lane.read(path, offset, raw)
+        else:
+            lane.stream.synchronize()  # what had this memory before must be done with it before others write there
+            share = -(-nbytes // SHARERS)
+            parts = [(path, offset + at, raw[at : at + share]) for at in range(0, nbytes, share)]
+            for _ in self._sharers.map(lambda part: self._lane.mine().read_whole(*part), parts):
+                pass
+        return raw.view(STORED[self.source.stored_dtype(name)]).view(self.source.shape(name)).to(dtype)
+
     def check(self) -> None:
         """ModelFormatError naming a tensor that is not finite."""
+        self._sharers.shutdown()
         torch.cuda.synchronize(self.device)
         if self._sums and not bool(torch.stack([total for _, total in self._sums]).isfinite().all()):
             raise not_finite(next(name for name, total in self._sums if not bool(total.isfinite())))
@@ -114,22 +136,22 @@ class _Lane:
         self.turn = 0
         torch.cuda.set_stream(self.stream)  # of this thread: casts and products of parts are in order with the copies
 
-    def fetch(self, source: TensorSource, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor on the device, in ``dtype``."""
-        if not isinstance(source, SafetensorsSource):
-            return source.read(name, dtype).to(self.device)
-        path, offset, nbytes = source.place(name)
-        raw = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+    def read(self, path: Path, offset: int, raw: Tensor) -> None:
+        """The file's bytes from ``offset`` on into ``raw`` [bytes] uint8, in order with this lane's stream."""
         try:
             file = os.open(path, os.O_RDONLY)
             try:
-                for at in range(0, nbytes, PIECE_BYTES):
+                for at in range(0, len(raw), PIECE_BYTES):
                     self._send(file, path, offset + at, raw[at : at + PIECE_BYTES])
             finally:
                 os.close(file)
         except OSError as error:
             raise ModelFormatError(f"{path.name} cannot be read: {error.strerror}") from None
-        return raw.view(STORED[source.stored_dtype(name)]).view(source.shape(name)).to(dtype)
+
+    def read_whole(self, path: Path, offset: int, raw: Tensor) -> None:
+        """The same, and done when this returns."""
+        self.read(path, offset, raw)
+        self.stream.synchronize()
 
     def _send(self, file: int, path: Path, offset: int, target: Tensor) -> None:
         self.turn = 1 - self.turn

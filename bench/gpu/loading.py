@@ -1,0 +1,136 @@
+"""Loading a sharded safetensors checkpoint onto a GPU, beside what page cache and bus give.
+
+    python bench/gpu/loading.py --shape DIR/llama-3.1-8b --work /tmp/checkpoint [--shards 4]
+
+Writes a checkpoint of random weights in the model's shape (bfloat16, 16 GB for an 8B model), then loads it in this
+process. The floor is the slower of reading the files into pinned memory with 16 threads and copying pinned memory to
+the device. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from foretell.kernels import get_kernels
+from foretell.model.families import tensor_naming
+from foretell.model.load import load_model, spec_for
+from foretell.progress import loading_bar
+from foretell.store import resolve
+
+DEVICE = torch.device("cuda")
+PIECE = 16 << 20
+
+
+def write_checkpoint(shape: Path, work: Path, shards: int) -> int:
+    """Bytes written."""
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.copy(shape / "config.json", work / "config.json")
+    spec = spec_for(resolve(str(shape)))
+    names = tensor_naming(spec).sources(spec, set(all_names(spec)))
+    tensors = {place.name: place.shape for place in names.values()}
+    weight_map, total = {}, 0
+    ordered = sorted(tensors)
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        made = {}
+        for name in ordered[shard::shards]:
+            values = torch.randn(tensors[name], device=DEVICE, dtype=torch.bfloat16) * 0.02
+            made[name] = values.cpu()
+            weight_map[name] = file
+            total += made[name].nbytes
+        save_file(made, work / file)
+    (work / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total
+
+
+def all_names(spec: object) -> list[str]:
+    """Publishers' names of a llama model."""
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    parts += ["input_layernorm", "post_attention_layernorm"]
+    names += [f"model.layers.{i}.{p}.weight" for i in range(spec.num_layers) for p in parts]  # type: ignore[attr-defined]
+    return names
+
+
+def read_rate(work: Path) -> float:
+    """Bytes per second from the files into pinned memory, 16 threads."""
+    pieces = [
+        (file, at) for file in sorted(work.glob("*.safetensors")) for at in range(0, file.stat().st_size, PIECE)
+    ]
+    pinned = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(16)]
+    total = sum(file.stat().st_size for file in work.glob("*.safetensors"))
+
+    def read(lane: int) -> None:
+        view = memoryview(pinned[lane].numpy())
+        for file, at in pieces[lane::16]:
+            with open(file, "rb", buffering=0) as handle:
+                os.preadv(handle.fileno(), [view], at)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(read, range(16)))
+    return total / (time.perf_counter() - started)
+
+
+def bus_rate() -> float:
+    pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(pinned, device=DEVICE)
+    target.copy_(pinned, non_blocking=True)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(4):
+        target.copy_(pinned, non_blocking=True)
+    torch.cuda.synchronize()
+    return 4 * pinned.nbytes / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    total = write_checkpoint(arguments.shape, arguments.work, arguments.shards)
+    read, bus = max(read_rate(arguments.work) for _ in range(2)), bus_rate()
+    print(
+        f"{total / 1e9:.1f} GB; files → pinned {read / 1e9:.1f} GB/s, pinned → device {bus / 1e9:.1f} GB/s",
+        flush=True,
+    )
+    files = resolve(str(arguments.work))
+    spec, kernels = spec_for(files), get_kernels(device="cuda")
+    seconds = []
+    for _ in range(2):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        with loading_bar("loading") as report:
+            model = load_model(
+                files, spec, kernels, torch.bfloat16, lambda done, all_: report(2 * done, 2 * all_),
+                activation_dtype=torch.bfloat16, device=DEVICE,
+            )  # fmt: skip
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        print(f"loaded in {seconds[-1]:.2f} s: {total / 1e9 / seconds[-1]:.1f} GB/s", flush=True)
+        del model
+    rate, floor = total / min(seconds), min(read, bus)
+    result = {
+        "bench": "gpu-loading", "card": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),
+        "bytes": total, "read_bytes_per_second": read, "bus_bytes_per_second": bus,
+        "seconds": seconds, "bytes_per_second": rate, "of_floor": rate / floor,
+    }  # fmt: skip
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
