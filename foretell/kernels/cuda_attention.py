@@ -22,6 +22,8 @@ from foretell.kernels.triton_common import (
     shared_bytes,
 )
 
+NO_WINDOW = 1 << 30  # tokens
+
 
 class CudaAttention(ReferenceKernels):
     """Sequences with one new token, at the beginning of the batch, are decoded; the others take a prefill kernel."""
@@ -193,13 +195,16 @@ class CudaAttention(ReferenceKernels):
         while share % (2 * pack) == 0 and pack < how.block_m // 16:
             pack *= 2
         tables = context.groups[kv.group].block_tables
+        # Keys that all rows of a tile see need no mask, but their products round otherwise: invariant rows go one way
+        masked = window is not None or self.batch_invariant
+        window = NO_WINDOW if masked and window is None else window
         S, rows = tables.shape[0], how.block_m // pack
         tiles = min(M // rows + S, S * -(-context.max_query_len // rows))
         launch(
             triton_prefill.paged_prefill, (tiles, H // pack),
             q, q.stride(0), kv.k, kv.v, tables, tables.stride(0), context.query_starts, context.kv_lens, out,
             scale, window or 0, S, H, G, skip_from, block_size, D, power_of_two(D, 16), share, pack,
-            how.block_m, how.block_n, _sequences(S), window is not None, precision(q), how.stages,
+            how.block_m, how.block_n, _sequences(S), masked, precision(q), how.stages,
             num_warps=how.num_warps, device=q.device,
         )  # fmt: skip
 

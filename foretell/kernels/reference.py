@@ -53,7 +53,14 @@ class ReferenceKernels:
         torch.set_num_threads(count)
 
     def prepare(
-        self, spec: ModelSpec, dtype: torch.dtype, block_size: int, device: torch.device
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        block_size: int,
+        device: torch.device,
+        *,
+        kv_dtype: torch.dtype,
+        quantization: str | None,
     ) -> Callable[[], None]:
         return lambda: None
 
@@ -62,6 +69,9 @@ class ReferenceKernels:
 
     def pack_quantised(self, raw: Tensor, quant_type: str, bias: Tensor | None) -> Linear | None:
         return None  # a product in torch needs the numbers
+
+    def quantise_linear(self, weight: Tensor, bias: Tensor | None, name: str) -> Linear | None:
+        return None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from foretell.config import ModelSpec
+from foretell.errors import ConfigError
 from foretell.kernels.base import HeadNorms, Kernels, Linear
 from foretell.model.attention import Attention
 from foretell.model.block import Block, SharedNormBlock
@@ -31,7 +32,8 @@ class Builder:
 
     ``layers`` limits it to a pipeline stage: the embedding comes with the first layer, final norm and head
     with the last. ``spec`` may be a shard's (fewer heads), with ``weights`` to match. ``keep_quantised``: what
-    the file has quantised stays so where the kernels can, the rest is kept in ``dtype``.
+    the file has quantised stays so where the kernels can, the rest is kept in ``dtype``. ``quantization``: the
+    format that the blocks' linear layers are rounded to; embedding and head stay in ``dtype``.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Builder:
         layers: range | None = None,
         progress: Progress | None = None,
         keep_quantised: bool = False,
+        quantization: str | None = None,
     ) -> None:
         self.spec, self.weights, self.kernels, self.dtype = spec, weights, kernels, dtype
         self.activation_dtype = activation_dtype
@@ -54,6 +57,7 @@ class Builder:
         self.shapes = weight_shapes(spec)
         self.progress = progress
         self.keep_quantised = keep_quantised
+        self.quantization = quantization
         self.loaded = self.weight_bytes = 0
         self.packed_types: set[str] = set()  # quantised formats that stay as they were shipped
         self.lock = Lock()
@@ -82,6 +86,8 @@ class Builder:
 
     def weight_format(self) -> str:
         """How the linear layers' weights are kept, for people."""
+        if self.quantization is not None:
+            return self.quantization
         if self.packed_types:
             return f"{'+'.join(sorted(self.packed_types))} as shipped"
         return str(self.dtype).removeprefix("torch.")
@@ -160,7 +166,16 @@ class Builder:
             return linear
         weights = [self.tensor(f"{part}.weight", self.dtype) for part in parts]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        del weights  # a float copy less beside the codes
+        if self.quantization is not None and parts[0].startswith("layers."):
+            return self.counted(self.quantised(weight, bias, self.quantization))
         return self.counted(self.kernels.pack_linear(weight, bias))
+
+    def quantised(self, weight: Tensor, bias: Tensor | None, name: str) -> Linear:
+        linear = self.kernels.quantise_linear(weight, bias, name)
+        if linear is None:
+            raise ConfigError(f"the {self.kernels.name} kernels have no {name} layers: leave quantization out")
+        return linear
 
     def blocks(self, *parts: str) -> QuantisedRows | None:
         """The parts' rows as the file has them, if they shall stay so and their types allow."""

@@ -59,11 +59,13 @@ def load_model(
     device: torch.device | None = None,
     layers: range | None = None,
     keep_quantised: bool = False,
+    quantization: str | None = None,
 ) -> Transformer:
     """The model of this spec, its weights kept in ``dtype`` (norms and biases in float32).
 
-    ``keep_quantised``: weights that the kernels can use as the file has them stay so. ``layers`` limits it to a
-    pipeline stage. Peak memory is the packed weights plus about one tensor.
+    ``keep_quantised``: weights that the kernels can use as the file has them stay so. ``quantization``: the format
+    that linear layers are rounded to. ``layers`` limits it to a pipeline stage. Peak memory is the packed weights
+    plus about one tensor.
     Raises ModelFormatError naming the tensor that is missing, misshaped, unexpected or not finite.
     """
     source = open_tensors(files) if isinstance(files, ModelFiles) else files
@@ -79,6 +81,7 @@ def load_model(
         layers=layers,
         progress=progress,
         keep_quantised=keep_quantised,
+        quantization=quantization,
     ).build()
     if isinstance(weights, DeviceFileWeights):
         weights.check()
@@ -94,10 +97,18 @@ def load_dummy(
     activation_dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     layers: range | None = None,
+    quantization: str | None = None,
 ) -> Transformer:
     """The model of this spec with small random weights: as much memory and work as a real one."""
     on_gpu = device is not None and device.type == "cuda"
     weights = DeviceDummyWeights(spec, seed, device) if on_gpu and device else DummyWeights(spec, seed)
     return Builder(
-        spec, weights, kernels, dtype, activation_dtype=activation_dtype, device=device, layers=layers
+        spec,
+        weights,
+        kernels,
+        dtype,
+        activation_dtype=activation_dtype,
+        device=device,
+        layers=layers,
+        quantization=quantization,
     ).build()

@@ -34,7 +34,7 @@ def device_kv(
 def cuda_executor(
     model: Transformer,
     config: SchedulerConfig,
-    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     device: torch.device,
     *,
     memory_share: float,
@@ -52,7 +52,7 @@ def cuda_executor(
     ledger = MemoryLedger(total, memory_share)
     ledger.entries["driver and others"] = total - free - torch.cuda.memory_reserved(device)
     ledger.entries["weights"] = ours
-    one_block = device_kv(spec, (1,) * groups, config.block_size, dtype, device)
+    one_block = device_kv(spec, (1,) * groups, config.block_size, kv_dtype, device)
     step_graphs = CudaGraphs(config.max_num_seqs) if graphs else None
     runner = DeviceRunner(model, one_block, config, (0,) * groups, device, graphs=step_graphs)
     done("buffers")
@@ -62,14 +62,14 @@ def cuda_executor(
     ledger.entries["activations"] = activations
     if step_graphs is not None:
         ledger.entries["graphs"] = decode + GRAPH_BYTES * len(step_graphs.sizes)
-    sizes = block_bytes(spec, config.block_size, dtype.itemsize)
+    sizes = block_bytes(spec, config.block_size, kv_dtype.itemsize)
     left = ledger.left_for_kv(kv_cache_bytes) - (0 if kv_cache_bytes else sum(sizes))
-    num_blocks = plan_blocks(spec, config, left, dtype.itemsize)
+    num_blocks = plan_blocks(spec, config, left, kv_dtype.itemsize)
     with_spare = tuple(n + 1 for n in num_blocks)
     ledger.entries["KV cache"] = sum(n * size for n, size in zip(with_spare, sizes, strict=True))
     one_block.clear()
     torch.cuda.empty_cache()
-    runner.use_kv(device_kv(spec, with_spare, config.block_size, dtype, device), num_blocks)
+    runner.use_kv(device_kv(spec, with_spare, config.block_size, kv_dtype, device), num_blocks)
     torch.cuda.synchronize(device)
     done("kv cache")
     return OverlappedExecutor(runner, num_blocks), ledger

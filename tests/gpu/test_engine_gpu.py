@@ -31,9 +31,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=list(SHAPES))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    path = tmp_path_factory.mktemp(request.param)
+    return path, write_random_model(request.param, path)
+
+
+def write_random_model(name: str, path: Path) -> Any:
+    """The model in transformers, float32, on the GPU."""
     import transformers
 
-    shape = dict(SHAPES[request.param])
+    shape = dict(SHAPES[name])
     kind = shape.pop("kind")
     config = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")(
         vocab_size=VOCAB, hidden_size=256, intermediate_size=640, max_position_embeddings=2048,
@@ -41,9 +47,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     )  # fmt: skip
     torch.manual_seed(5)
     oracle = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
-    path = tmp_path_factory.mktemp(request.param)
     oracle.save_pretrained(path, safe_serialization=True)
-    return path, oracle.to("cuda")
+    return oracle.to("cuda")
 
 
 def prompts(count: int, longest: int = 300) -> list[list[int]]:

@@ -27,6 +27,17 @@ def test_impossible_devices_and_shares_are_refused() -> None:
         EngineOptions(model="m", admission_batch=0)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("quantization", "int8"), ("quantization", "fp8"), ("kv_cache_dtype", "fp8")]
+)
+def test_fewer_bits_are_refused_on_a_cpu_in_one_line(option: str, value: str) -> None:
+    options = EngineOptions(model="m", device="cpu", **{option: value})
+    with pytest.raises(ConfigError, match=f"^{option}='{value}' needs a GPU: [^\n]*$"):
+        resolve_device(options)
+    with pytest.raises(ConfigError, match=f"{option} 'int3' is unknown: choose one of"):
+        EngineOptions(model="m", **{option: "int3"})
+
+
 def test_a_gpu_takes_more_sequences_and_tokens_unless_told_otherwise() -> None:
     cpu, gpu = (scheduler_config(EngineOptions(model="m"), 4096, device) for device in ("cpu", "cuda"))
     assert (cpu.max_num_seqs, cpu.max_num_batched_tokens, cpu.admission_batch) == (64, 512, 1)
