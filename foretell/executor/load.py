@@ -103,8 +103,10 @@ def _load_on_gpu(
             spec, kernels, dtype, options.seed, activation_dtype=dtype, device=device, quantization=kept_as
         )
     else:
-        progress, on = phases.loading(dtype), {"activation_dtype": dtype, "device": device}
-        model = load_model(files, spec, kernels, dtype, progress, **on, quantization=kept_as)
+        progress = phases.loading(dtype)
+        model = load_model(
+            files, spec, kernels, dtype, progress, activation_dtype=dtype, device=device, quantization=kept_as
+        )
     phases.done("weights")
     compiling()
     phases.done("compiling")
