@@ -41,7 +41,7 @@ WORKLOADS = {  # prompt and output lengths
     "any": ("16-512", "16-128"),
 }
 POLICIES: tuple[PolicyName, ...] = ("prefill-first", "decode-first", "mixed")
-LOADS = {"light": 0.2, "heavy": 0.9}  # of what the simulator says is possible
+LOADS = {"light": 0.4, "heavy": 0.95}  # of what the simulator says is possible
 ENGINE = {"kv_cache_bytes": 1 << 30, "enable_prefix_caching": False}
 BARS = {"tpot_seconds": (0.05, 0.12), "ttft_seconds": (0.10, 0.25), "output_tokens_per_second": (0.04, 0.10)}
 
@@ -123,7 +123,7 @@ def choose_cells(
         load = ("light", "heavy")[number % 2]
         own = SchedulerConfig(**{**asdict(config), "policy": policy})
         rate = LOADS[load] * capacity(profile, own, blocks, WORKLOADS[name])
-        requests = max(8, round(rate * seconds))
+        requests = max(6, round(rate * seconds))
         workload = random_workload(requests, *map(Lengths.parse, WORKLOADS[name]), rng.randrange(1 << 30))
         workload = workload.arriving_at(arrival_times(requests, rate, seed=rng.randrange(1 << 30)))
         cells.append(Cell(model, name, policy, load, rate, workload))
@@ -157,7 +157,7 @@ def figure(report: Report, name: str) -> float:
 
 
 def run_model(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    llm = AsyncLLM(model, **ENGINE)
+    llm = AsyncLLM(model, **ENGINE, num_threads=args.threads)
     try:
         assembly = llm.llm.assembly
         path = args.profiles / f"{model}.json" if args.profiles else None
@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="of arrivals in a cell")
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.seed is None:

@@ -53,8 +53,30 @@ class Grid:
 
 
 CPU_GRID = Grid(
-    tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
-    rows=(1, 2, 4, 8, 16, 32, 64),
+    tokens=(
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        10,
+        12,
+        13,
+        16,
+        24,
+        32,
+        48,
+        64,
+        128,
+        256,
+        512,
+        1024,
+        2048,
+    ),  # kernels have tiles of 6
+    rows=(1, 2, 4, 6, 7, 8, 12, 13, 16, 32, 64),
     decode=tuple((n, keys) for n in (1, 4, 16, 64) for keys in (64, 512, 2048, 8192)),
     prefill=tuple((length, start) for length in (32, 128, 512, 1024) for start in (0, 512, 2048, 6144)),
     host=(1, 8, 32),
@@ -110,13 +132,14 @@ class _Measuring:
         if not (linear and head.x and decode and prefill):
             raise ConfigError("nothing could be measured: the KV cache is too small, raise kv_cache_bytes")
         graphs = getattr(bench.device, "graphs", None)
+        threads = 0 if llm.assembly.device == "cuda" else llm.assembly.options.num_threads or usable_cpus()
         return Profile(
             model=llm.assembly.files.name,
             spec=bench.spec,
             dtype=llm.assembly.dtype,
             weight_format=llm.assembly.weight_format,
             kernels=llm.assembly.kernels,
-            hardware=machine_name(llm.assembly.device),
+            hardware=machine_name(llm.assembly.device, threads),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions={"foretell": foretell.__version__, "torch": torch.__version__.partition("+")[0]},
             block_size=bench.block_size,
@@ -133,7 +156,7 @@ class _Measuring:
             overlaps=bench.device is not None,
             decode_linear=own_linear,
             graph_sizes=tuple(getattr(graphs, "sizes", ())),
-            num_threads=0 if llm.assembly.device == "cuda" else llm.assembly.options.num_threads or usable_cpus(),
+            num_threads=threads,
             eager_seconds=statistics.median(bench.launches) if graphs and bench.launches else 0.0,
         )
 

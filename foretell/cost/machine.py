@@ -20,8 +20,8 @@ def kv_bytes_to_measure(device: str) -> int | None:
     return min(CPU_KV_BYTES, default_kv_bytes())
 
 
-def machine_name(device: str = "cpu") -> str:
-    """The processor or device, as its maker calls it."""
+def machine_name(device: str = "cpu", num_threads: int = 0) -> str:
+    """The processor or device, as its maker calls it, and how many of its threads compute."""
     if device == "cuda":
         import torch
 
@@ -31,7 +31,8 @@ def machine_name(device: str = "cpu") -> str:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {len(names) or 1} threads"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {num_threads or len(names) or 1} threads"
 
 
 def device_key(device: str) -> str:
