@@ -3,9 +3,10 @@
     python bench/predictions.py [--models NAME …] [--profiles FOLDER] [--cells 8] [--runs 3] [--seed N]
 
 Theory first: what the simulator says of every cell, before anything runs. Then the cells, ``--runs`` times each, in
-turn, each after a reference step (one sequence decoding alone), which tells a slower machine from a wrong model. An
-error is predicted ÷ measured - 1 at a percentile, the measured one being the median over the runs; a cell whose runs
-differ more than a bar has 1.5 times their spread for a bar. The last line is JSON.
+turn, each between two reference requests (one sequence alone, 128 tokens in, 16 out), which tell a slow machine from
+a wrong model. An error is predicted ÷ measured - 1 at a percentile, its median over the runs, and it is given twice:
+as foretold, and with every part of the profile scaled to the machine's speed at that run, by its reference requests.
+A cell whose runs differ more than a bar has 1.5 times their spread for a bar. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from foretell.async_llm import AsyncLLM
-from foretell.benchmark.beside import COMPARED, PERCENTILES
+from foretell.benchmark.beside import COMPARED, PERCENTILES, foretold_request
 from foretell.benchmark.online import run_open_loop, set_policy
 from foretell.benchmark.simulate import simulate
 from foretell.benchmark.tables import table
@@ -29,6 +30,7 @@ from foretell.core.messages import Batch, Result
 from foretell.core.params import SamplingParams
 from foretell.cost.named import open_profile
 from foretell.cost.profile import Profile
+from foretell.cost.refit import Scales
 from foretell.cost.step import StepCost
 from foretell.trace.arrivals import arrival_times
 from foretell.trace.metrics import Report, percentile, summarize
@@ -43,6 +45,9 @@ WORKLOADS = {  # prompt and output lengths
 POLICIES: tuple[PolicyName, ...] = ("prefill-first", "decode-first", "mixed")
 LOADS = {"light": 0.4, "heavy": 0.95}  # of what the simulator says is possible
 ENGINE = {"kv_cache_bytes": 1 << 30, "enable_prefix_caching": False}
+REFERENCE = (128, 16)  # tokens in and out
+SHOWN = ("ttft_seconds.p50", "ttft_seconds.p99", "tpot_seconds.p50", "tpot_seconds.p99", "e2e_seconds.p50",
+         "output_tokens_per_second")  # fmt: skip
 BARS = {"tpot_seconds": (0.05, 0.12), "ttft_seconds": (0.10, 0.25), "output_tokens_per_second": (0.04, 0.10)}
 
 
@@ -130,11 +135,23 @@ def choose_cells(
     return cells
 
 
-def reference_step(llm: AsyncLLM) -> float:
-    """Seconds per token of one sequence alone."""
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
-    output = llm.llm.generate([list(range(5, 69))], params, progress=False)[0]
-    return output.metrics.tpot_seconds or 0.0
+def reference(llm: AsyncLLM, profile: Profile) -> float:
+    """How many times longer than foretold one request alone takes now."""
+    params = SamplingParams(temperature=0, max_tokens=REFERENCE[1], ignore_eos=True, detokenize=False)
+    output = llm.llm.generate([list(range(5, 5 + REFERENCE[0]))], params, progress=False)[0]
+    said = foretold_request(profile, *REFERENCE)
+    if said is None or said.tpot_seconds is None or output.metrics.e2e_seconds is None:
+        raise SystemExit("the profile does not reach the reference request")
+    return output.metrics.e2e_seconds / (said.ttft_seconds + (REFERENCE[1] - 1) * said.tpot_seconds)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a cell: how slow the machine was, what was foretold of one so slow, and what was measured."""
+
+    slowness: float
+    at_speed: Report
+    measured: Report
 
 
 def measured_report(reports: Sequence[Report]) -> tuple[dict[str, float], dict[str, float]]:
@@ -174,69 +191,82 @@ def run_model(model: str, args: argparse.Namespace) -> dict[str, Any]:
                   f"TPOT P50 {1e3 * said[-1].tpot_seconds.p50:.1f} ms foretold")  # fmt: skip
         steps = Steps(profile)
         engine.watcher = steps
-        reference_step(llm)
-        reports: list[list[Report]] = [[] for _ in cells]
-        references: list[float] = []
+        reference(llm, profile)
+        runs: list[list[Run]] = [[] for _ in cells]
         for _ in range(args.runs):
-            for cell, own_reports in zip(cells, reports, strict=True):
-                references.append(reference_step(llm))
+            for cell, own_runs in zip(cells, runs, strict=True):
+                before = reference(llm, profile)
                 set_policy(llm, cell.policy)
-                own_reports.append(summarize(run_open_loop(llm, cell.workload).requests))
-        return report(model, profile, cells, said, reports, references, steps)
+                measured = summarize(run_open_loop(llm, cell.workload).requests)
+                slowness = (before + reference(llm, profile)) / 2
+                scaled = Scales(*[slowness] * 5).applied(profile)
+                own = SchedulerConfig(**{**asdict(config), "policy": cell.policy})
+                own_runs.append(Run(slowness, virtual(scaled, own, blocks, cell.workload)[0], measured))
+        return report(model, profile, cells, said, runs, steps)
     finally:
         llm.close()
 
 
 def report(
-    model: str, profile: Profile, cells: Sequence[Cell], said: Sequence[Report], reports: Sequence[Sequence[Report]],
-    references: Sequence[float], steps: Steps,
-) -> dict[str, Any]:  # fmt: skip
-    rows, found = [], []
-    for cell, predicted, own in zip(cells, said, reports, strict=True):
-        middle, spread = measured_report(own)
-        off = {name: figure(predicted, name) / middle[name] - 1 for name in figure_names() if middle[name]}
-        found.append({"cell": cell.label, "load": cell.load, "errors": off, "spread": spread, "measured": middle})
-        shown = ("ttft_seconds.p50", "ttft_seconds.p99", "tpot_seconds.p50", "tpot_seconds.p99",
-                 "e2e_seconds.p50", "output_tokens_per_second")  # fmt: skip
-        rows.append((cell.label, *(f"{100 * off[n]:+.1f} (±{50 * spread[n]:.0f})" for n in shown)))
-    print(table(("error, % (spread of runs)", "TTFT P50", "P99", "TPOT P50", "P99", "E2E P50", "tok/s"), rows))
-    alone = StepCost(profile).estimate([_Token(76)]).seconds
-    print(f"reference step: foretold {1e3 * alone:.2f} ms, measured {1e3 * min(references):.2f} … "
-          f"{1e3 * max(references):.2f}, median {1e3 * statistics.median(references):.2f}")  # fmt: skip
-    summary = {}
-    for metric, (bar, bar95) in BARS.items():
-        values, held = [], 0
-        for entry in found:
-            for name, value in entry["errors"].items():
-                if name.startswith(metric):
-                    values.append(abs(value))
-                    held += abs(value) <= max(bar95, 1.5 * entry["spread"][name])
-        values.sort()
-        summary[metric] = {
-            "median": percentile(values, 50),
-            "p95": percentile(values, 95),
-            "held": held / len(values),
-        }
-        print(f"{metric}: median error {100 * summary[metric]['median']:.1f} % (bar {100 * bar:.0f}), "
-              f"P95 {100 * summary[metric]['p95']:.1f} % (bar {100 * bar95:.0f}); within bar or 1.5 × spread: "
-              f"{100 * summary[metric]['held']:.0f} %")  # fmt: skip
+    model: str,
+    profile: Profile,
+    cells: Sequence[Cell],
+    said: Sequence[Report],
+    runs: Sequence[Sequence[Run]],
+    steps: Steps,
+) -> dict[str, Any]:
+    found = []
+    for cell, predicted, own in zip(cells, said, runs, strict=True):
+        middle, spread = measured_report([run.measured for run in own])
+        raw = {name: figure(predicted, name) / middle[name] - 1 for name in figure_names() if middle[name]}
+        at_speed = {name: statistics.median(_error(run, name) for run in own) for name in raw}
+        slowness = [run.slowness for run in own]
+        found.append({"cell": cell.label, "load": cell.load, "errors": raw, "errors_at_speed": at_speed,
+                      "spread": spread, "measured": middle, "slowness": slowness})  # fmt: skip
+    summary = {kind: summarise_errors(found, kind) for kind in ("errors", "errors_at_speed")}
+    for kind, words in (("errors", "as foretold"), ("errors_at_speed", "at the machine's speed of each run")):
+        print(f"\nerror, % (spread of runs), {words}")
+        print(table(("", "slowness", "TTFT P50", "P99", "TPOT P50", "P99", "E2E P50", "tok/s"), [
+            (entry["cell"], f"{statistics.median(entry['slowness']):.2f}",
+             *(f"{100 * entry[kind][name]:+.1f} (±{50 * entry['spread'][name]:.0f})" for name in SHOWN))
+            for entry in found
+        ]))  # fmt: skip
+        for metric, figures in summary[kind].items():
+            bar, bar95 = BARS[metric]
+            print(
+                f"{metric}: median {100 * figures['median']:.1f} % (bar {100 * bar:.0f}), P95 "
+                f"{100 * figures['p95']:.1f} % (bar {100 * bar95:.0f}); {100 * figures['held']:.0f} % of the figures "
+                "within the larger bar or 1.5 × the spread"
+            )
     live = steps.figures()
     for kind, one in live.items():
-        low, middle_, high = one["measured_over_predicted"]
+        low, middle50, high = one["measured_over_predicted"]
         print(
-            f"{one['steps']} {kind} steps: measured ÷ predicted P5 {low:.2f}, P50 {middle_:.2f}, P95 {high:.2f}; "
+            f"{one['steps']} {kind} steps: measured ÷ predicted P5 {low:.2f}, P50 {middle50:.2f}, P95 {high:.2f}; "
             f"{100 * one['inside_interval']:.0f} % within the interval, its median width "
             f"{100 * one['median_width']:.0f} %, median error {100 * one['median_error']:.1f} %"
         )
-    return {"model": model, "profile": profile.created, "cells": found, "summary": summary, "steps": live,
-            "reference_seconds": list(references), "reference_foretold_seconds": alone}  # fmt: skip
+    return {"model": model, "profile": profile.created, "cells": found, "summary": summary, "steps": live}
 
 
-@dataclass(frozen=True)
-class _Token:
-    start: int
-    length: int = 1
-    sample: bool = True
+def _error(run: Run, name: str) -> float:
+    return figure(run.at_speed, name) / figure(run.measured, name) - 1
+
+
+def summarise_errors(found: Sequence[dict[str, Any]], kind: str) -> dict[str, dict[str, float]]:
+    """By metric: median and P95 of the absolute errors over cells and percentiles, and the share within its bar."""
+    summary = {}
+    for metric, (_, bar95) in BARS.items():
+        values = [
+            (abs(value), abs(value) <= max(bar95, 1.5 * entry["spread"][name]))
+            for entry in found
+            for name, value in entry[kind].items()
+            if name.startswith(metric)
+        ]
+        ordered = sorted(value for value, _ in values)
+        held = sum(within for _, within in values) / len(values)
+        summary[metric] = {"median": percentile(ordered, 50), "p95": percentile(ordered, 95), "held": held}
+    return summary
 
 
 def main() -> None:
