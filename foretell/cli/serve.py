@@ -31,6 +31,7 @@ def serve(
       foretell serve
       foretell serve gemma3-270m --port 8080 --max-num-seqs 32
       foretell serve ./my-model --host 0.0.0.0 --api-key-file keys.txt
+      foretell serve --plan plan.json
       curl http://127.0.0.1:8000/v1/models
     """
     so.check_seconds(reach, limits, health)

@@ -13,6 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from foretell.benchmark.simulate import simulate
+from foretell.cli.options import Engine
 from foretell.config import ModelSpec, SchedulerConfig
 from foretell.core.messages import Batch, Chunk
 from foretell.cost.grid import Curve, Surface
@@ -23,6 +24,7 @@ from foretell.cost.step import StepCost
 from foretell.errors import ConfigError
 from foretell.executor.staged import StagedExecutor
 from foretell.executor.virtual import VirtualExecutor
+from foretell.options import EngineOptions
 from foretell.parallel.layout import make_layout, possible_layouts
 from foretell.parallel.volume import volume
 from foretell.plan import plan as plans
@@ -36,6 +38,7 @@ from foretell.plan.prune import bounds
 from foretell.plan.rank import pareto, ranking
 from foretell.plan.search import Found, search
 from foretell.plan.space import Candidate, Choices, candidates
+from foretell.plan.start import start_of
 from foretell.plan.words import report
 from foretell.trace.arrivals import arrival_times
 from foretell.trace.workloads import TraceRequest, Workload
@@ -340,6 +343,26 @@ def test_a_plan_says_what_starts_it_and_survives_its_file(tmp_path: Path) -> Non
     told = "\n".join(report(made))
     assert f"bound by {data['winner']['bound']}" in told
     assert "policy decode-first" in told
+
+
+def test_a_plan_starts_the_engine_it_chose_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    asked = replace(problem(requests=3), machine=Machine("laptop", 1, 4 << 30, LINK))
+    found = search(asked, [replace(CANDIDATE, replicas=2, policy="prefill-first", kv_share=0.3, max_chunk_tokens=64)])
+    plans.save(plans.conclude(asked, found, model="tiny", dtype="float32").as_dict(), path)
+    usual = Engine().options()
+    start = start_of(str(path), None, usual, usual)
+    options = EngineOptions(model=start.model, **start.options)
+    assert (start.model, start.replicas) == ("tiny", 2)
+    assert (options.policy, options.max_num_seqs, options.max_num_batched_tokens) == ("prefill-first", 8, 256)
+    assert (options.max_chunk_tokens, options.dtype, options.device) == (64, "float32", "cpu")
+    assert options.kv_cache_bytes == pytest.approx(0.3 * (4 << 30), rel=1e-6)
+    with pytest.raises(ConfigError, match="decides on --policy"):
+        start_of(str(path), None, {**usual, "policy": "decode-first"}, usual)
+    with pytest.raises(ConfigError, match="decides on --replicas"):
+        start_of(str(path), None, usual, usual, replicas=3)
+    with pytest.raises(ConfigError, match="plan is for tiny"):
+        start_of(str(path), "other", usual, usual)
 
 
 def test_a_file_that_is_no_plan_is_refused_in_one_line(tmp_path: Path) -> None:
