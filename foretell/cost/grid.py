@@ -96,6 +96,23 @@ class Surface:
                 return min(short, beyond + math.log2(first / size))
         return short
 
+    def row(self, first: float) -> Curve:
+        """The rate over log2 of the second size, at this first size: the values that calling gives."""
+        sizes = self.sizes
+        at = bisect_right(sizes, first)
+        if at in (0, len(sizes)):
+            return self.rows[min(at, len(sizes) - 1)]
+        below, above = self.rows[at - 1], self.rows[at]
+        low, high = math.log2(sizes[at - 1]), math.log2(sizes[at])
+        share = (math.log2(first) - low) / (high - low)
+        xs = sorted({*below.x, *above.x})
+        return Curve(tuple(xs), tuple(_clamped(below, x) * (1 - share) + _clamped(above, x) * share for x in xs))
+
+    def reach(self, first: float) -> float:
+        """The largest second size that is within the measured points at this first size; 0 if none is."""
+        within = (row.x[-1] for size, row in zip(self.sizes, self.rows, strict=True) if size >= first)
+        return 2.0 ** max(within, default=-math.inf)
+
     def scaled(self, factor: float) -> Surface:
         """The same with every rate times ``factor``."""
         return Surface(self.sizes, tuple(row.scaled(factor) for row in self.rows))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from foretell.config import SchedulerConfig
 from foretell.cost.ranks import StageCost
 from foretell.executor.staged import StagedExecutor
 from foretell.executor.virtual import VirtualExecutor
@@ -46,10 +47,21 @@ class Outcome:
 
 def evaluate(problem: Problem, candidate: Candidate, num_blocks: tuple[int, ...], *, factor: float = 1.0) -> Outcome:
     """BeyondProfileError where a step lies too far outside what was measured."""
+    config = problem.config(candidate)
+    if config.enable_prefix_caching and not problem.shares_beginnings:
+        # nothing can be found in the cache but what a preempted request left there: try without, which is faster
+        plain = _simulate(problem, candidate, replace(config, enable_prefix_caching=False), num_blocks, factor)
+        if not plain.extent.preempted:
+            return plain
+    return _simulate(problem, candidate, config, num_blocks, factor)
+
+
+def _simulate(
+    problem: Problem, candidate: Candidate, config: SchedulerConfig, num_blocks: tuple[int, ...], factor: float
+) -> Outcome:
     fleets = [problem.stage_costs(candidate, factor=factor) for _ in range(candidate.replicas)]
     executors = [_executor(problem, candidate, stages, num_blocks) for stages in fleets]
-    run = serve(problem.prompts, problem.config(candidate), problem.windows, executors)
-    return _outcome(run, fleets, problem.goal)
+    return _outcome(serve(problem.prompts, config, problem.windows, executors), fleets, problem.goal)
 
 
 def _executor(

@@ -19,7 +19,7 @@ from foretell.core.messages import Batch, Chunk
 from foretell.cost.grid import Curve, Surface
 from foretell.cost.links import Link
 from foretell.cost.profile import Profile
-from foretell.cost.ranks import StageCost, stage_profile, stage_traffic
+from foretell.cost.ranks import StageCost, consecutive_decodes, stage_profile, stage_traffic
 from foretell.cost.step import StepCost
 from foretell.errors import ConfigError
 from foretell.executor.staged import StagedExecutor
@@ -30,7 +30,7 @@ from foretell.parallel.volume import volume
 from foretell.plan import plan as plans
 from foretell.plan.evaluate import TERMS, evaluate
 from foretell.plan.fleet import Prompts, serve
-from foretell.plan.goals import Goal
+from foretell.plan.goals import Goal, measured
 from foretell.plan.machine import Machine, parse_devices
 from foretell.plan.memory import Ledger, ledger
 from foretell.plan.problem import Problem
@@ -302,6 +302,37 @@ def test_the_shards_of_a_layout_take_their_part_of_the_whole() -> None:
     assert sum(seconds(1, 4)) == pytest.approx(one)
     launches = 4 * 5e-4  # of four layers: not shared by the ranks of a layer
     assert seconds(2, 1, 5e-4)[0] == pytest.approx((one - launches) / 2 + launches)
+
+
+@pytest.mark.parametrize("windows", [(None,) * 4, (None, 64, 64, 64)])
+@pytest.mark.parametrize("count", [1, 3, 8, 20, 600])
+def test_consecutive_decodes_take_what_the_cost_model_says(windows: tuple[int | None, ...], count: int) -> None:
+    """Over the ends of pieces, past the end of what was measured, and with a rate that is not monotone."""
+    rng = random.Random(count)
+    rates = Surface.of([(n, k, rng.random()) for n in (1.0, 4.0, 64.0, 512.0) for k in (16.0, 64.0, 100.0, 190.0)])
+    bent = replace(profile(), spec=replace(SPEC, windows=windows), decode_rate=rates, overlaps=count == 3)
+    fast, slow = StepCost(bent), StepCost(bent)
+    positions = [rng.randrange(5, 60) for _ in range(count)]
+    ours, theirs = consecutive_decodes(fast, positions), slow.decode_seconds(positions)
+    for _ in range(300):
+        assert next(ours) == pytest.approx(next(theirs), rel=1e-9)
+        assert (fast.steps, fast.beyond) == (slow.steps, slow.beyond)
+    assert slow.beyond > 0 or windows[1]
+
+
+def test_a_cache_that_finds_nothing_is_left_out_unless_requests_come_back_to_it() -> None:
+    """Both ways of simulating agree where nothing is preempted; where it is, the cache must be there."""
+    asked = problem(requests=16, rate=200.0)
+    for blocks in (400, 34):
+        without = evaluate(asked, replace(CANDIDATE, enable_prefix_caching=False), (blocks,))
+        cached = evaluate(asked, CANDIDATE, (blocks,))
+        real = serve(
+            asked.prompts, asked.config(CANDIDATE), [None],
+            [VirtualExecutor(asked.stage_costs(CANDIDATE)[0], (blocks,), depth=2, chain=1)],
+        )  # fmt: skip
+        assert cached.latencies == measured(real.requests, asked.goal)
+        assert cached.extent.preempted == (blocks == 34)
+        assert (without.latencies == cached.latencies) == (blocks == 400)
 
 
 # -- goals, machines, files ------------------------------------------------------------------------------------
