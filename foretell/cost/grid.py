@@ -111,7 +111,7 @@ class Surface:
     def reach(self, first: float) -> float:
         """The largest second size that is within the measured points at this first size; 0 if none is."""
         within = (row.x[-1] for size, row in zip(self.sizes, self.rows, strict=True) if size >= first)
-        return 2.0 ** max(within, default=-math.inf)
+        return math.exp2(max(within, default=-math.inf))
 
     def scaled(self, factor: float) -> Surface:
         """The same with every rate times ``factor``."""
