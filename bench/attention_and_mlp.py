@@ -90,9 +90,11 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--profile", help="a file or a name; else the model's own calibration")
     parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    with LLM(args.model, enable_prefix_caching=False, kv_cache_bytes=kv_bytes_to_measure("cpu"), device="cpu") as llm:
+    options: dict[str, Any] = {"enable_prefix_caching": False, "device": "cpu", "num_threads": args.threads}
+    with LLM(args.model, kv_cache_bytes=kv_bytes_to_measure("cpu"), **options) as llm:
         profile = open_profile(args.profile, llm.spec, model=llm.assembly.files.name)
         cost = StepCost(profile)
         said = {keys: cost.estimate(decodes(args.sequences, keys)) for keys in KEYS}

@@ -93,9 +93,14 @@ class StepBench:
 
     def fill_cache(self) -> None:
         """Pages that were never written are all one page of zeros, and far too quick to read."""
-        for layer in self.runner.kv:
-            layer.k.uniform_(-1, 1)
-            layer.v.uniform_(-1, 1)
+        import torch
+
+        with torch.inference_mode():
+            for layer in self.runner.kv:
+                layer.k.uniform_(-1, 1)
+                layer.v.uniform_(-1, 1)
+        if self.device is not None and self.device.stream is not None:
+            torch.cuda.synchronize(self.device.device)
 
     def seconds(self, shape: Shape) -> float | None:
         """Median of a step of this shape; None if it does not fit or takes too long."""
