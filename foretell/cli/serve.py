@@ -20,6 +20,7 @@ def serve(
     engine: so.ServeEngine,
     watching: so.Watching,
     model: o.Model = DEFAULT_MODEL,
+    plan: so.Plan = None,
 ) -> None:
     """Serve a model over HTTP, to OpenAI's and Anthropic's clients.
 
@@ -39,8 +40,16 @@ def serve(
     from foretell.server.config import ServerConfig
     from foretell.store import resolve
 
+    chosen, replicas = engine.options(), engine.replicas
+    if plan is not None:
+        from foretell.plan.start import start_of
+
+        asked = None if model == DEFAULT_MODEL else model
+        start = start_of(plan, asked, chosen, so.ServeEngine().options(), replicas)
+        model, chosen, replicas = start.model, start.options, start.replicas
+        print(start.words, file=sys.stderr)
     config = ServerConfig(**reach.config(model), **limits.config())
-    options = EngineOptions(model=model, **engine.options())
+    options = EngineOptions(model=model, **chosen)
     resolve(model, offline=options.offline)  # with its download bar, and before anything else is loaded
     from foretell.cli.serve_report import StartReport
     from foretell.server import logs
@@ -55,7 +64,7 @@ def serve(
             options,
             config,
             drain_seconds=reach.drain_seconds,
-            replicas=engine.replicas,
+            replicas=replicas,
             watch=health.watch(),
             observers=(logs.AccessLog(),) if tracer is None else (logs.AccessLog(), tracer),
             on_phase=report.phase,

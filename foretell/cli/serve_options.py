@@ -130,6 +130,16 @@ class Health:
         return Watch(stall_seconds=self.stall_seconds, hang_seconds=max(self.stall_seconds, self.hang_seconds))
 
 
+Plan = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|auto",
+        help="Start what foretell plan chose; auto: the model's last plan, made now if there is none.",
+        rich_help_panel="Engine",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class ServeEngine(o.Engine):
     """``replicas`` is the server's; the rest are EngineOptions'."""

@@ -140,7 +140,7 @@ def pareto_table(plan: Plan) -> str:
     for index in plan.pareto[:12]:
         outcome, candidate = plan.found.outcomes[index], plan.found.candidates[index]
         mark = "→ " if index == plan.winner else "  "
-        row = (f"{mark}{candidate}", number(outcome.goodput), *(seconds(v) for v in outcome.latencies))
+        row = (f"{mark}{short(candidate)}", number(outcome.goodput), *(seconds(v) for v in outcome.latencies))
         rows.append((*row, outcome.bound))
     names = [measure_name(*measure) for measure in plan.goal.measures]
     return table(("", "goodput/s", *names, "bound"), rows)
@@ -149,6 +149,14 @@ def pareto_table(plan: Plan) -> str:
 def differing(plan: Plan) -> list[tuple[str, Any, int]]:
     """The alternatives that are not the winner's own run."""
     return [row for row in plan.alternatives(CHOICES) if row[2] != plan.winner]
+
+
+def short(candidate: Candidate) -> str:
+    chunk = f", chunks of {candidate.max_chunk_tokens}" if candidate.max_chunk_tokens else ""
+    return (
+        f"tp={candidate.tp} pp={candidate.pp} ×{candidate.replicas}, {candidate.policy}, "
+        f"{candidate.max_num_seqs} sequences, {candidate.max_num_batched_tokens} tokens{chunk}"
+    )
 
 
 def why(plan: Plan) -> list[str]:
@@ -183,7 +191,9 @@ def _difference(goal: Goal, best: Outcome, other: Outcome) -> str:
             f"loses {100 * (1 - other.goodput / best.goodput):.0f} % of the goodput: {bound}, {_grown(best, other)}"
         )
     worse = [
-        (b / a, name) for a, b, name in zip(best.latencies, other.latencies, measures, strict=True) if a > 0 and b > a
+        (b / a, name)
+        for a, b, name in zip(best.latencies, other.latencies, measures, strict=True)
+        if a > 0 and b > 1.01 * a
     ]
     if not worse:
         return "is as good"

@@ -30,7 +30,7 @@ from foretell.store import ALIASES, DEFAULT_MODEL
 
 COMMANDS = (
     "run", "chat", "serve", "models", "inspect", "run-batch", "calibrate", "simulate", "version", "bench offline",
-    "bench online", "bench serve", "bench scaling",
+    "bench online", "bench serve", "bench scaling", "plan",
 )  # fmt: skip
 
 

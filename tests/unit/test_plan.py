@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from foretell.benchmark.simulate import simulate
+from foretell.cli.app import app
 from foretell.cli.options import Engine
 from foretell.config import ModelSpec, SchedulerConfig
 from foretell.core.messages import Batch, Chunk
@@ -28,6 +30,7 @@ from foretell.options import EngineOptions
 from foretell.parallel.layout import make_layout, possible_layouts
 from foretell.parallel.volume import volume
 from foretell.plan import plan as plans
+from foretell.plan.command import default_path
 from foretell.plan.evaluate import TERMS, evaluate
 from foretell.plan.fleet import Prompts, serve
 from foretell.plan.goals import Goal, measured
@@ -412,3 +415,36 @@ def test_several_processes_find_what_one_finds() -> None:
     asked, space = problem(requests=10), candidates(CHOICES)[:12]
     one, two = (search(asked, space, processes=n, exhaustive=True) for n in (1, 2))
     assert one.outcomes == two.outcomes
+
+
+def test_the_command_plans_for_a_data_sheet_and_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORETELL_HOME", str(tmp_path / "home"))
+    folder, out, svg = tmp_path / "tiny", tmp_path / "plan.json", tmp_path / "plan.svg"
+    folder.mkdir()
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    told = ["plan", str(folder), "--devices", "2xL4", "--rate", "50", "--num-requests", "6", "--input-len", "20-90",
+            "--output-len", "4-9", "--slo", "ttft_p99=1,tpot_p99=0.1", "--out", str(out), "--svg", str(svg),
+            "--explain", "--most", "12"]  # fmt: skip
+    result = CliRunner().invoke(app, told)
+    assert result.exit_code == 0, result.output
+    for words in (
+        "winner: tp=1 pp=1 replicas=1",
+        "bound by",
+        "CPU processes only",
+        "weights",
+        "would be the same run",
+    ):
+        assert words in result.output
+    assert svg.read_text().startswith("<svg")
+    assert plans.load(out) == plans.load(tmp_path / "home" / "plans" / default_path(str(folder)).name)
+    as_json = CliRunner().invoke(app, [*told, "--json"])
+    assert json.loads(as_json.output)["winner"]["replicas"] == 1
+    refused = CliRunner().invoke(app, ["plan", str(folder), "--devices", "abacus"])
+    assert refused.exit_code != 0
