@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,33 +69,42 @@ class Cell:
 
 
 class Steps:
-    """Every real step beside its prediction, without any correction."""
+    """Every real step beside its prediction, without any correction: by the clock, and by the CPU time of the
+    engine's thread from one step's end to the next, host included, which others on the machine do not lengthen (of an
+    engine of one thread only)."""
 
     def __init__(self, profile: Profile) -> None:
         self.cost = StepCost(profile)
-        self.found: list[tuple[str, float, bool, float]] = []  # kind, measured ÷ predicted, inside, relative width
-
-    def __call__(self, batch: Batch, result: Result) -> None:
-        estimate, seconds = self.cost.estimate(batch.chunks), result.finished - result.started
-        share = estimate.device / estimate.seconds
-        inside = estimate.low * share <= seconds <= estimate.high * share
-        width = (estimate.high - estimate.low) / estimate.seconds
-        self.found.append((estimate.kind, seconds / estimate.device, inside, width))
+        # kind, measured ÷ predicted by clock and by CPU time, relative bounds of the prediction
+        self.found: list[tuple[str, float, float, float, float]] = []
+        self._cpu = 0.0
 
     def figures(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for kind in ("decode", "prefill"):
             own = [entry for entry in self.found if entry[0] == kind]
-            if own:
-                ratios = sorted(ratio for _, ratio, _, _ in own)
-                found[kind] = {
-                    "steps": len(own),
-                    "measured_over_predicted": [percentile(ratios, p) for p in (5, 50, 95)],
-                    "median_error": statistics.median(abs(1 / ratio - 1) for ratio in ratios),
-                    "inside_interval": sum(entry[2] for entry in own) / len(own),
-                    "median_width": statistics.median(entry[3] for entry in own),
-                }
+            for clock, at in (("clock", 1), ("cpu", 2)):
+                if own:
+                    found[f"{kind} by {clock}"] = self._of(own, at)
         return found
+
+    def _of(self, own: Sequence[Any], at: int) -> dict[str, Any]:
+        ratios = sorted(entry[at] for entry in own)
+        return {
+            "steps": len(own),
+            "measured_over_predicted": [percentile(ratios, p) for p in (5, 50, 95)],
+            "median_error": statistics.median(abs(1 / ratio - 1) for ratio in ratios),
+            "inside_interval": sum(entry[3] <= entry[at] <= entry[4] for entry in own) / len(own),
+            "median_width": statistics.median(entry[4] - entry[3] for entry in own),
+        }
+
+    def __call__(self, batch: Batch, result: Result) -> None:
+        before, self._cpu = self._cpu, time.thread_time()
+        estimate, seconds = self.cost.estimate(batch.chunks), result.finished - result.started
+        if before:
+            low, high = estimate.low / estimate.seconds, estimate.high / estimate.seconds
+            cpu = (self._cpu - before) / estimate.seconds
+            self.found.append((estimate.kind, seconds / estimate.device, cpu, low, high))
 
 
 def capacity(profile: Profile, config: SchedulerConfig, blocks: tuple[int, ...], lengths: tuple[str, str]) -> float:
@@ -242,7 +252,7 @@ def report(
     for kind, one in live.items():
         low, middle50, high = one["measured_over_predicted"]
         print(
-            f"{one['steps']} {kind} steps: measured ÷ predicted P5 {low:.2f}, P50 {middle50:.2f}, P95 {high:.2f}; "
+            f"{one['steps']} steps, {kind}: measured ÷ predicted P5 {low:.2f}, P50 {middle50:.2f}, P95 {high:.2f}; "
             f"{100 * one['inside_interval']:.0f} % within the interval, its median width "
             f"{100 * one['median_width']:.0f} %, median error {100 * one['median_error']:.1f} %"
         )

@@ -1,7 +1,8 @@
 """Steps made to order on the engine's own worker, timed: what calibration measures with.
 
-On the CPU a step is timed by the clock. On a device it is timed by the device's own events, behind a pause that lets
-the CPU launch ahead: so what is timed is the device's work, and launching is timed apart.
+On the CPU a step is timed by the clock, or, of an engine of one thread, by that thread's CPU time, which others on the
+machine do not lengthen. On a device it is timed by the device's own events, behind a pause that lets the CPU launch
+ahead: so what is timed is the device's work, and launching is timed apart.
 """
 
 from __future__ import annotations
@@ -71,6 +72,9 @@ class StepBench:
         self.spec = llm.spec
         self.max_len = llm.assembly.max_model_len
         self.max_tokens, self.max_seqs = config.max_num_batched_tokens, config.max_num_seqs
+        # one thread's own CPU time is what the step takes of an idle machine, whoever else runs on this one
+        alone = self.device is None and llm.assembly.options.num_threads == 1
+        self._clock = time.thread_time if alone else time.perf_counter
         self.launches: list[float] = []  # CPU seconds that launching each eager step took, on a device
         self._next_id = FIRST_ID
 
@@ -148,9 +152,9 @@ class StepBench:
 
     def _timed(self, batch: Batch) -> float:
         if self.device is None or self.device.stream is None:
-            started = time.perf_counter()
+            started = self._clock()
             self._run(batch)
-            return time.perf_counter() - started
+            return self._clock() - started
         return self._timed_on_device(self.device, batch)
 
     def _run(self, batch: Batch) -> None:
