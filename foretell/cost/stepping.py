@@ -1,6 +1,6 @@
 """Steps made to order on the engine's own worker, timed: what calibration measures with.
 
-On the CPU a step is timed by the clock, or, of an engine of one thread, by that thread's CPU time, which others on the
+On the CPU a step is timed by the clock or, of an engine of one thread, by that thread's CPU time, which others on the
 machine do not lengthen. On a device it is timed by the device's own events, behind a pause that lets the CPU launch
 ahead: so what is timed is the device's work, and launching is timed apart.
 """
