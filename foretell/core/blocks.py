@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 from foretell.core.request import Request
@@ -38,31 +38,37 @@ class BlockPool:
 
     def take(self, count: int) -> list[int]:
         """``count`` blocks for new contents; the caller has checked that so many are free."""
-        return [self._take_one() for _ in range(count)]
-
-    def _take_one(self) -> int:
-        block, _ = self.free.popitem(last=False)
-        old = self.hash_of[block]
-        if old is not None:
-            del self.cached[old]
-            self.hash_of[block] = None
-            self.evictions += 1
-        self.references[block] = 1
-        return block
+        taken, pop, references, hash_of = [], self.free.popitem, self.references, self.hash_of
+        for _ in range(count):
+            block, _ = pop(last=False)
+            old = hash_of[block]
+            if old is not None:
+                del self.cached[old]
+                hash_of[block] = None
+                self.evictions += 1
+            references[block] = 1
+            taken.append(block)
+        return taken
 
     def share(self, block: int) -> None:
         if self.references[block] == 0:
             del self.free[block]
         self.references[block] += 1
 
-    def release(self, block: int) -> None:
-        if self.references[block] <= 0:
-            raise RuntimeError(f"KV block {block} released twice")
-        self.references[block] -= 1
-        if self.references[block] == 0:
-            self.free[block] = None
-            if self.hash_of[block] is None:  # nothing to find in it again: first to be reused
-                self.free.move_to_end(block, last=False)
+    def release(self, blocks: Iterable[int]) -> None:
+        """Give back one reference to each; those that are not there (``DROPPED``) are passed over."""
+        references, free, hash_of = self.references, self.free, self.hash_of
+        for block in blocks:
+            if block == DROPPED:
+                continue
+            left = references[block] - 1
+            if left < 0:
+                raise RuntimeError(f"KV block {block} released twice")
+            references[block] = left
+            if not left:
+                free[block] = None
+                if hash_of[block] is None:  # nothing to find in it again: first to be reused
+                    free.move_to_end(block, last=False)
 
     def publish(self, block: int, block_hash: bytes) -> None:
         """Let others find this full block. The first holder of a hash stays; twins stay private."""
@@ -238,9 +244,8 @@ class BlockManager:
             table, start = request.blocks[group], request.releasable_from[group]
             end = min(self._first_needed(next_position, window), len(table))
             self.given_back += end > start
-            for i in range(start, end):
-                self.pools[group].release(table[i])
-                table[i] = DROPPED
+            self.pools[group].release(table[start:end])
+            table[start:end] = [DROPPED] * max(0, end - start)
             request.releasable_from[group] = max(start, end)
 
     def publish(self, request: Request, num_computed: int) -> None:
@@ -264,9 +269,7 @@ class BlockManager:
         self._settle(request, request.expected_end)
         request.expected_end = 0
         for table, pool in zip(request.blocks, self.pools, strict=False):  # no tables: it holds nothing
-            for block in reversed(table):
-                if block != DROPPED:
-                    pool.release(block)
+            pool.release(reversed(table))
         request.blocks = []
         request.releasable_from = []
         request.published = 0

@@ -304,7 +304,7 @@ class Scheduler:
         batch = self._batches.pop(result.batch_id)
         by_request = {r.request_id: r for r in result.results}
         outputs: list[Output] = []
-        block_size = self.config.block_size
+        block_size = self.config.block_size if self.blocks.caching else 1 << 62  # what is not cached is never full
         for chunk in batch.chunks:
             request = self.requests[chunk.request_id]
             request.in_flight -= 1

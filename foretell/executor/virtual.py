@@ -120,7 +120,7 @@ class VirtualExecutor:
         for request, first in zip(requests, emitted, strict=True):
             end = first + len(finished)
             self._emitted[request.id] = end + overlapped
-            tokens.append([synthetic_token(request.id, i) for i in range(first, end)])
+            tokens.append(synthetic_run(request.id, first, end))
         return tokens, finished
 
     def _overlap(self, requests: Sequence[Request], now: float, steps: int) -> None:
@@ -167,6 +167,18 @@ class VirtualExecutor:
         """Nothing to free."""
 
 
+_MULTIPLIER, _MODULUS, _STRIDE = 2_654_435_761, 50_000, 1_000_003
+_TOKENS = [n * _MULTIPLIER % _MODULUS for n in range(_MODULUS)]
+
+
 def synthetic_token(request_id: int, index: int) -> int:
     """A token id that depends on request and output position alone (Knuth's multiplicative hash)."""
-    return (request_id * 1_000_003 + index) * 2_654_435_761 % 50_000
+    return _TOKENS[(request_id * _STRIDE + index) % _MODULUS]
+
+
+def synthetic_run(request_id: int, first: int, end: int) -> list[int]:
+    """The tokens of the output positions [first, end)."""
+    start, count = (request_id * _STRIDE + first) % _MODULUS, end - first
+    if start + count <= _MODULUS:
+        return _TOKENS[start : start + count]
+    return [synthetic_token(request_id, index) for index in range(first, end)]

@@ -25,7 +25,7 @@ from foretell.cost.ranks import StageCost, consecutive_decodes, stage_profile, s
 from foretell.cost.step import StepCost
 from foretell.errors import ConfigError
 from foretell.executor.staged import StagedExecutor
-from foretell.executor.virtual import VirtualExecutor
+from foretell.executor.virtual import VirtualExecutor, synthetic_run, synthetic_token
 from foretell.options import EngineOptions
 from foretell.parallel.layout import make_layout, possible_layouts
 from foretell.parallel.volume import volume
@@ -259,6 +259,12 @@ def test_replicas_share_the_load_and_send_equal_beginnings_to_one() -> None:
     one = serve(prompts, config, [None], [VirtualExecutor(StepCost(profile()), (200,))])
     assert two.extent.peak_running == 4
     assert two.seconds < 0.7 * one.seconds
+
+
+def test_runs_of_synthetic_tokens_are_the_single_ones() -> None:
+    for request_id, first, end in ((0, 0, 5), (7, 3, 900), (123, 49_990, 50_010), (1, 46_990, 47_100)):
+        assert synthetic_run(request_id, first, end) == [synthetic_token(request_id, i) for i in range(first, end)]
+    assert synthetic_token(3, 4) == (3 * 1_000_003 + 4) * 2_654_435_761 % 50_000
 
 
 # -- ranks and stages -------------------------------------------------------------------------------------------

@@ -240,12 +240,12 @@ def mutate_victim(scheduler: Any) -> None:
 def mutate_eviction(scheduler: Any) -> None:
     for pool in scheduler.blocks.pools:
 
-        def take(count: int, pool: Any = pool) -> list[int]:
+        def take(count: int, pool: Any = pool, take: Any = pool.take) -> list[int]:
             for block in reversed(list(pool.free)):
                 pool.free.move_to_end(block, last=False)  # most recently used is evicted first
                 if pool.num_free:
                     break
-            return [pool._take_one() for _ in range(count)]
+            return list(take(count))
 
         pool.take = take
 
