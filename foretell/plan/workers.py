@@ -8,6 +8,7 @@ import os
 import select
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 
@@ -63,7 +64,8 @@ class Workers:
         for child in self._children:
             if child.index is None:
                 child.index = index
-                os.write(child.tasks, f"{index}\n".encode())
+                with suppress(BrokenPipeError):  # it has died: waiting for its result says so
+                    os.write(child.tasks, f"{index}\n".encode())
                 return
         self._own.append(index)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from foretell.cost.links import Link
 from foretell.cost.profile import Profile
 from foretell.cost.ranks import StageCost, consecutive_decodes, stage_profile, stage_traffic
 from foretell.cost.step import StepCost
-from foretell.errors import ConfigError
+from foretell.errors import ConfigError, ForetellError
 from foretell.executor.staged import StagedExecutor
 from foretell.executor.virtual import VirtualExecutor, synthetic_run, synthetic_token
 from foretell.options import EngineOptions
@@ -43,6 +44,7 @@ from foretell.plan.search import Found, search
 from foretell.plan.space import Candidate, Choices, candidates
 from foretell.plan.start import start_of
 from foretell.plan.words import report
+from foretell.plan.workers import Workers
 from foretell.trace.arrivals import arrival_times
 from foretell.trace.workloads import TraceRequest, Workload
 
@@ -421,6 +423,21 @@ def test_several_processes_find_what_one_finds() -> None:
     asked, space = problem(requests=10), candidates(CHOICES)[:12]
     one, two = (search(asked, space, processes=n, exhaustive=True) for n in (1, 2))
     assert one.outcomes == two.outcomes
+
+
+def test_a_simulation_that_fails_or_dies_ends_the_search_with_its_reason() -> None:
+    def fail(index: int) -> str:
+        raise ValueError("no such thing")
+
+    def result_of(run: Any) -> object:
+        with Workers(run, 2) as workers:
+            workers.submit(0)
+            workers.submit(1)
+            return workers.result()
+
+    for run, reason in ((fail, "no such thing"), (lambda index: os._exit(1), "ended unexpectedly")):
+        with pytest.raises(ForetellError, match=reason):
+            result_of(run)
 
 
 def test_the_command_plans_for_a_data_sheet_and_keeps_what_it_found(
