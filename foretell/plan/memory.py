@@ -40,7 +40,8 @@ def ledger(problem: Problem, candidate: Candidate) -> Ledger | str:
     wanted = int(machine.memory_bytes * candidate.kv_share) if machine.is_cpu else left
     if left <= 0 or wanted > left:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in entries.items())
-        return f"{max(0, wanted) / GIB:.2f} GiB of KV cache do not fit in {budget / GIB:.2f} GiB beside {parts} GiB"
+        asked = "a KV cache" if left <= 0 else f"a KV cache of {wanted / GIB:.2f}"
+        return f"{asked} does not fit in {budget / GIB:.2f} GiB beside {parts}"
     layout, config = problem.layout(candidate), problem.config(candidate)
     widest = max(len(stage) for stage in layout.stages)
     held = layout.tp * max(1, spec.num_kv_heads // layout.tp)  # KV heads on all shards, replicas included

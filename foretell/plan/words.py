@@ -40,7 +40,8 @@ def report(plan: Plan) -> Iterator[str]:
     found, goal = plan.found, plan.goal
     yield searched(found)
     if plan.winner is None:
-        yield "no configuration can be run: " + "; ".join(f"{n} × {reason}" for reason, n in reasons(found))
+        yield "no configuration can be run:"
+        yield from (f"  {count} × {reason}" for reason, count in reasons(found)[:5])
         return
     outcome = found.outcomes[plan.winner]
     yield ""
@@ -69,12 +70,11 @@ def searched(found: Found) -> str:
 
 
 def reasons(found: Found) -> list[tuple[str, int]]:
-    """Why configurations were left out, the most frequent first; of those that are the same run as another, one
-    example."""
+    """Why configurations were left out, the most frequent first; of kinds with figures in them one example."""
     counts: Counter[str] = Counter()
     example: dict[str, str] = {}
     for pruned in found.pruned.values():
-        alike = pruned.kind in ("the same run", "worse in every way")
+        alike = pruned.kind in ("too large", "the same run", "worse in every way")
         key = pruned.kind if alike else pruned.reason
         counts[key] += 1
         example.setdefault(key, f"{key}, for one: {pruned.reason}" if alike else key)
