@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from foretell.kernels import get_kernels
+from foretell.config import ModelSpec
+from foretell.kernels import Kernels, get_kernels
+from foretell.model import device_weights
 from foretell.model.families import tensor_naming
 from foretell.model.load import load_model, spec_for
 from foretell.progress import loading_bar
-from foretell.store import resolve
+from foretell.store import ModelFiles, resolve
 
 DEVICE = torch.device("cuda")
 PIECE = 16 << 20
@@ -93,11 +95,25 @@ def bus_rate() -> float:
     return 4 * pinned.nbytes / (time.perf_counter() - started)
 
 
+def load(files: ModelFiles, spec: ModelSpec, kernels: Kernels) -> float:
+    """Seconds."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    with loading_bar("loading") as report:
+        load_model(
+            files, spec, kernels, torch.bfloat16, lambda done, all_: report(2 * done, 2 * all_),
+            activation_dtype=torch.bfloat16, device=DEVICE,
+        )  # fmt: skip
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--pieces", default="", help="other sizes of pinned pieces to try, MiB")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     total = write_checkpoint(arguments.shape, arguments.work, arguments.shards)
@@ -109,18 +125,12 @@ def main() -> None:
     files = resolve(str(arguments.work))
     spec, kernels = spec_for(files), get_kernels(device="cuda")
     seconds = []
-    for _ in range(2):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        with loading_bar("loading") as report:
-            model = load_model(
-                files, spec, kernels, torch.bfloat16, lambda done, all_: report(2 * done, 2 * all_),
-                activation_dtype=torch.bfloat16, device=DEVICE,
-            )  # fmt: skip
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+    for _ in range(3):
+        seconds.append(load(files, spec, kernels))
         print(f"loaded in {seconds[-1]:.2f} s: {total / 1e9 / seconds[-1]:.1f} GB/s", flush=True)
-        del model
+    for piece in filter(None, arguments.pieces.split(",")):
+        device_weights.PIECE_BYTES = int(piece) << 20
+        print(f"pieces of {piece} MiB: {min(load(files, spec, kernels) for _ in range(2)):.3f} s", flush=True)
     rate, floor = total / min(seconds), min(read, bus)
     result = {
         "bench": "gpu-loading", "card": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),

@@ -1,10 +1,12 @@
 """Linear layers in fewer bits: how close their kernels come to reading the codes, beside bfloat16.
 
     python bench/gpu/quantised.py [--model llama-3.1-8b] [--rows 1,32] [--search] [--json FILE]
+    python bench/gpu/quantised.py --end-to-end SHAPES [--model llama-3.1-8b] [--json FILE]
 
 The floor is the bytes of codes, scales, inputs and outputs over the copy rate, measured here first. Kernels run
 in CUDA graphs over rotating weights several times the L2 cache. ``--search`` times other tiles than those of
-foretell.kernels.cuda_quantised, compiled side by side.
+foretell.kernels.cuda_quantised, compiled side by side. ``--end-to-end`` runs the decode workloads of bench/gpu/run.py
+through ``LLM.generate`` in every format, in the batch-invariant mode and in bfloat16 beside them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -137,6 +140,31 @@ def compile_all(cases: list[Case], rows: list[int]) -> None:
     print(f"{len(jobs)} kernels compiled", flush=True)
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    **{name: {"quantization": name} for name in FORMATS},
+    "fp8, fp8 cache": {"quantization": "fp8", "kv_cache_dtype": "fp8"}, "batch-invariant": {"batch_invariant": True},
+}  # fmt: skip
+
+
+def end_to_end(shapes: Path, model: str, modes: list[str], repeat: int) -> list[dict[str, Any]]:
+    """Milliseconds per decode step of dummy weights, alone and of 32 sequences."""
+    import run
+
+    from foretell import LLM
+
+    table = []
+    for mode in modes:
+        with LLM(str(shapes / model), **{**run.OPTIONS, **MODES[mode]}) as llm:
+            found: dict[str, Any] = {"mode": mode, "weight_bytes": llm.assembly.weight_bytes}
+            for name in ("decode-b1", "decode-b32"):
+                found[name] = run.measure(llm, model, name, repeat).measured
+            used = run.show_ledger(llm)
+            table.append(found | {"planned_bytes": used["planned"], "used_bytes": used["used"]})
+        print({key: round(v, 3) if isinstance(v, float) else v for key, v in table[-1].items()}, flush=True)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="llama-3.1-8b")
@@ -144,7 +172,20 @@ def main() -> None:
     parser.add_argument("--formats", default="bf16,int8,fp8,int4")
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--end-to-end", type=Path, metavar="SHAPES")
+    parser.add_argument("--modes", default=";".join(MODES))
+    parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.end_to_end:
+        found = end_to_end(arguments.end_to_end, arguments.model, arguments.modes.split(";"), arguments.repeat)
+        result = {
+            "bench": "gpu-fewer-bits", "model": arguments.model, "card": torch.cuda.get_device_name(),
+            "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "rows": found,
+        }  # fmt: skip
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result))
+        return
     rows, kernels = [int(n) for n in arguments.rows.split(",")], CudaKernels()
     a = torch.randn(1 << 28, device=DEVICE)
     b = torch.empty_like(a)

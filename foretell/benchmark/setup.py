@@ -12,6 +12,7 @@ from foretell.core.params import SamplingParams
 from foretell.cost import FloorCost, Hardware, WeightBytes, measure_hardware
 from foretell.errors import ConfigError
 from foretell.executor.local import LocalExecutor
+from foretell.executor.overlapped import OverlappedExecutor
 from foretell.trace.workloads import Workload
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def subject_of(llm: LLM, *, again: bool = False) -> Subject:
 def kept_weights(llm: LLM) -> WeightBytes:
     """What a step reads of the weights as this engine keeps them, quantised or not."""
     executor = llm.assembly.engine.executor
-    if not isinstance(executor, LocalExecutor):
+    if not isinstance(executor, LocalExecutor | OverlappedExecutor):
         return WeightBytes.in_dtype(llm.spec, llm.assembly.dtype)
     model = executor.runner.model
     assert model.embedding is not None, "one process holds the whole model"

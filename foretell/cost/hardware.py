@@ -13,7 +13,7 @@ SLICES = 4  # of the buffer, read in turn: when one comes up again, the others h
 ROWS, WIDTH = 256, 1024  # of the measured product [256, 1024] · [1024, 1024]: a prompt chunk and a middling layer
 SECONDS_EACH = 0.1  # for runs of a few milliseconds: on a busy machine some of them go undisturbed
 
-BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True, slots=True)
