@@ -147,13 +147,18 @@ MODES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def end_to_end(shapes: Path, model: str, modes: list[str], repeat: int) -> list[dict[str, Any]]:
-    """Milliseconds per decode step of dummy weights, alone and of 32 sequences."""
+def end_to_end(shapes: Path, model: str, modes: list[str], repeat: int, file: Path | None) -> None:
+    """Milliseconds per decode step of dummy weights, alone and of 32 sequences; the file is written after each mode,
+    so that a run cut short leaves what it found."""
     import run
 
     from foretell import LLM
 
-    table = []
+    table: list[dict[str, Any]] = []
+    result = {
+        "bench": "gpu-fewer-bits", "model": model, "card": torch.cuda.get_device_name(),
+        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "rows": table,
+    }  # fmt: skip
     for mode in modes:
         with LLM(str(shapes / model), **{**run.OPTIONS, **MODES[mode]}) as llm:
             found: dict[str, Any] = {"mode": mode, "weight_bytes": llm.assembly.weight_bytes}
@@ -162,7 +167,9 @@ def end_to_end(shapes: Path, model: str, modes: list[str], repeat: int) -> list[
             used = run.show_ledger(llm)
             table.append(found | {"planned_bytes": used["planned"], "used_bytes": used["used"]})
         print({key: round(v, 3) if isinstance(v, float) else v for key, v in table[-1].items()}, flush=True)
-    return table
+        if file:
+            file.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({**result, "rows": len(table)}))
 
 
 def main() -> None:
@@ -177,14 +184,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.end_to_end:
-        found = end_to_end(arguments.end_to_end, arguments.model, arguments.modes.split(";"), arguments.repeat)
-        result = {
-            "bench": "gpu-fewer-bits", "model": arguments.model, "card": torch.cuda.get_device_name(),
-            "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "rows": found,
-        }  # fmt: skip
-        if arguments.json:
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result))
+        modes = arguments.modes.split(";")
+        end_to_end(arguments.end_to_end, arguments.model, modes, arguments.repeat, arguments.json)
         return
     rows, kernels = [int(n) for n in arguments.rows.split(",")], CudaKernels()
     a = torch.randn(1 << 28, device=DEVICE)
