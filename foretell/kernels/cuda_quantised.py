@@ -41,11 +41,14 @@ def tiles(M: int, N: int, K: int, gated: bool, group: int, multiprocessors: int)
     return Tiles(block_m, 64, group or (256 if K > 1024 else 128), splits, 3, 4)
 
 
-def one_row(K: int, gated: bool) -> Tiles:
-    """A program takes block_n rows of the weight, block_k codes of each at once."""
+def one_row(N: int, K: int, gated: bool, whole_numbers: bool) -> Tiles:
+    """A program takes block_n rows of the weight, block_k codes of each at once. Whole numbers take longer to become
+    floats, so that of [gate; up] the matrix unit (block_m > 1) is the faster: 40 µs, not 47, where e4m3 takes 38."""
     if K < 2048:
         return Tiles(1, 8, power_of_two(K, 16), 1, 1, 4)
-    return Tiles(1, 2 if gated else 4, 2048, 1, 1, 4)
+    if gated and whole_numbers:
+        return Tiles(16, 64, 256, 1, 3, 8)
+    return Tiles(1, 8, 1024, 1, 1, 4) if N <= 4096 else Tiles(1, 2, 2048, 1, 1, 4)
 
 
 class CudaQuantisedLinear:
@@ -124,7 +127,7 @@ class CudaQuantisedLinear:
             return Tiles(32, 64, self.format.group or 128, 1, 3, 4)
         group = self.format.group
         if M == 1 and not group:
-            return one_row(self.in_features, gated)
+            return one_row(N, self.in_features, gated, not self.codes.codes.is_floating_point())
         return tiles(M, N, self.in_features, gated, group, units).fitted(gated, group, shared_bytes(device))
 
     def expanded(self) -> Tensor:
