@@ -48,7 +48,7 @@ def with_held_out(
     def run(engine: object) -> None:
         for number, shape in enumerate(random_shapes(llm, count, most_seqs)):
             report(number, "steps held out")
-            seconds = bench.seconds(shape)
+            seconds = bench.wall_seconds(shape)
             if seconds is not None:
                 found.append((shape, cost.estimate(shape), seconds))
 

@@ -111,6 +111,12 @@ class StepBench:
         found = self.side_by_side(shape)
         return None if found is None else found[0]
 
+    def wall_seconds(self, shape: Shape) -> float | None:
+        """The same with its launching, should that take longer than the device's work."""
+        before, seconds = len(self.launches), self.seconds(shape)
+        launches = self.launches[before:]
+        return seconds if seconds is None or not launches else max(seconds, statistics.median(launches))
+
     def beyond(self, shape: Shape, base: Shape) -> float | None:
         """What a step takes more than another, the two measured in turn: whatever slows the machine meets both."""
         found = self.side_by_side(shape, base)
@@ -172,11 +178,11 @@ class StepBench:
         eager = any(chunk.length > 1 for chunk in batch.chunks) or runner.graphs is None
         launch = (self.launches[-1] if self.launches else EAGER_SECONDS) if eager else GRAPH_SECONDS
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(runner.stream):
-            torch.cuda._sleep(int(1.5 * launch * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
-            begin.record(runner.stream)
-            step = runner.submit(batch)
-            end.record(runner.stream)
+        torch.cuda.set_stream(runner.stream)  # as the runner does, once and for good: this is the engine's thread
+        torch.cuda._sleep(int(1.5 * launch * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
+        begin.record(runner.stream)
+        step = runner.submit(batch)
+        end.record(runner.stream)
         if eager:
             self.launches.append(step.launched_seconds)
         runner.collect(step)
@@ -206,11 +212,11 @@ class StepBench:
             runner.model.logits(hidden, out)
             return time.perf_counter() - started
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(runner.stream):
-            torch.cuda._sleep(int(1e-3 * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
-            begin.record(runner.stream)
-            runner.model.logits(hidden, out)
-            end.record(runner.stream)
+        torch.cuda.set_stream(runner.stream)
+        torch.cuda._sleep(int(1e-3 * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
+        begin.record(runner.stream)
+        runner.model.logits(hidden, out)
+        end.record(runner.stream)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 

@@ -47,6 +47,29 @@ def test_the_data_sheet_of_an_h200_holds_what_one_took(
     assert estimate.source == "analytic floor"
 
 
+@pytest.mark.parametrize(("spec", "count", "keys", "milliseconds"), [
+    (LLAMA_8B, 1, 256, 3.84), (LLAMA_8B, 32, 256, 4.62),
+])  # fmt: skip
+def test_the_shipped_profile_of_an_h200_says_what_whole_runs_took(
+    spec: ModelSpec, count: int, keys: int, milliseconds: float
+) -> None:
+    """Runs through the engine on that day and card; the profile was made from single steps."""
+    profile = open_profile("h200", spec, model="llama-3.1-8b")
+    assert profile.overlaps
+    estimate = StepCost(profile).estimate([ChunkShape(keys, 1)] * count)
+    assert estimate.seconds == pytest.approx(milliseconds / 1e3, rel=0.03)
+
+
+def test_a_device_takes_the_longer_of_launching_computing_and_the_hosts_work() -> None:
+    profile = replace(ideal(), overlaps=True, eager_seconds=1.0, graph_sizes=(1, 4, 8))
+    cost = StepCost(profile)
+    assert cost.estimate([ChunkShape(0, 64)]).seconds == 1.0
+    three, four = (cost.estimate([ChunkShape(9, 1)] * n) for n in (3, 4))
+    assert three.linear == four.linear < 1.0
+    assert three.seconds == max(three.device, three.host)
+    assert cost.estimate([ChunkShape(9, 1)] * 9).seconds == 1.0  # no graph holds nine
+
+
 @given(
     st.sampled_from(sorted(DEVICES)),
     st.lists(st.tuples(st.integers(0, 30_000), st.integers(1, 4000)).map(lambda t: ChunkShape(*t)), min_size=1,
