@@ -161,7 +161,7 @@ class StepBench:
             started = self._clock()
             self._run(batch)
             return self._clock() - started
-        return self._timed_on_device(self.device, batch)
+        return self._timed_on_device(self.device, self.device.stream, batch)
 
     def _run(self, batch: Batch) -> None:
         if self.device is None:
@@ -172,17 +172,17 @@ class StepBench:
             self.launches.append(step.launched_seconds)
         self.device.collect(step)
 
-    def _timed_on_device(self, runner: DeviceRunner, batch: Batch) -> float:
+    def _timed_on_device(self, runner: DeviceRunner, stream: torch.cuda.Stream, batch: Batch) -> float:
         import torch
 
         eager = any(chunk.length > 1 for chunk in batch.chunks) or runner.graphs is None
         launch = (self.launches[-1] if self.launches else EAGER_SECONDS) if eager else GRAPH_SECONDS
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda.set_stream(runner.stream)  # as the runner does, once and for good: this is the engine's thread
+        torch.cuda.set_stream(stream)  # as the runner does, once and for good: this is the engine's thread
         torch.cuda._sleep(int(1.5 * launch * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
-        begin.record(runner.stream)
+        begin.record(stream)
         step = runner.submit(batch)
-        end.record(runner.stream)
+        end.record(stream)
         if eager:
             self.launches.append(step.launched_seconds)
         runner.collect(step)
