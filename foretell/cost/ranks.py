@@ -124,10 +124,7 @@ class StageCost:
         return sum(self.seconds_of.values())
 
     def __call__(self, batch: Batch) -> float:
-        tokens = sampled = 0
-        for chunk in batch.chunks:
-            tokens += chunk.length
-            sampled += chunk.sample
+        tokens, sampled = sum([chunk.length for chunk in batch.chunks]), sum([chunk.sample for chunk in batch.chunks])
         seconds = (self.step(batch) + self.talk_seconds(tokens, sampled)) * self.factor
         kind = (tokens, sampled, len(batch.chunks), tokens == len(batch.chunks))
         self.seen[kind] += 1

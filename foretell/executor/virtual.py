@@ -65,16 +65,12 @@ class VirtualExecutor:
 
     def submit(self, batch: Batch) -> None:
         started, finished = self._schedule(batch)
-        tokens = 0
-        for chunk in batch.chunks:
-            tokens += chunk.length
-            if chunk.length > self.longest_chunk:
-                self.longest_chunk = chunk.length
-        self.most_tokens = max(self.most_tokens, tokens)
+        lengths = [chunk.length for chunk in batch.chunks]
+        self.most_tokens = max(self.most_tokens, sum(lengths))
+        self.longest_chunk = max(self.longest_chunk, max(lengths))
         for added in batch.added:
             self._emitted[added.request_id] = len(added.output_token_ids)
-        results = [self._sample(chunk) for chunk in batch.chunks if chunk.sample]
-        self._queue.append(Result(batch.id, results, started, finished))
+        self._queue.append(Result(batch.id, self._sampled(batch.chunks), started, finished))
 
     def _schedule(self, batch: Batch) -> tuple[float, float]:
         """When a batch submitted now starts and ends."""
@@ -82,11 +78,18 @@ class VirtualExecutor:
         self._busy_until = started + self.cost(batch)
         return started, self._busy_until
 
-    def _sample(self, chunk: Chunk) -> ChunkResult:
-        index = self._emitted[chunk.request_id]
-        self._emitted[chunk.request_id] = index + 1
-        ends = index + 1 >= self._lengths.get(chunk.request_id, 2**62)
-        return ChunkResult(chunk.request_id, VIRTUAL_EOS if ends else synthetic_token(chunk.request_id, index))
+    def _sampled(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+        """One token for each chunk that asks for one."""
+        emitted, lengths, results = self._emitted, self._lengths, []
+        for chunk in chunks:
+            if chunk.sample:
+                request_id = chunk.request_id
+                index = emitted[request_id]
+                emitted[request_id] = index + 1
+                ends = bool(lengths) and index + 1 >= lengths.get(request_id, 2**62)
+                token = VIRTUAL_EOS if ends else _TOKENS[(request_id * _STRIDE + index) % _MODULUS]
+                results.append(ChunkResult(request_id, token))
+        return results
 
     def decode_ahead(
         self, requests: Sequence[Request], most: int, until: float | None
