@@ -32,6 +32,9 @@ QWEN_06B = ModelSpec(
     "qwen3", 28, 1024, 3072, 16, 8, 128, 151_936, 40_960, (None,) * 28, qk_norm="head", tied_embeddings=True,
     rope=RopeSpec(1e6, 128),
 )  # fmt: skip
+LLAMA_2_7B = ModelSpec(
+    "llama", 32, 4096, 11008, 32, 32, 128, 32_000, 4096, (None,) * 32, rope=RopeSpec(1e4, 128)
+)  # fmt: skip
 # Milliseconds a decode step that this engine took on one H200: (model, sequences, keys of each in the middle)
 ON_H200 = [(LLAMA_8B, 1, 256, 4.11), (LLAMA_8B, 32, 256, 4.63), (LLAMA_8B, 32, 8256, 15.7),
            (QWEN_06B, 1, 256, 0.79), (QWEN_06B, 32, 256, 1.27)]  # fmt: skip
@@ -58,6 +61,16 @@ def test_the_shipped_profile_of_an_h200_says_what_whole_runs_took(
     assert profile.overlaps
     estimate = StepCost(profile).estimate([ChunkShape(keys, 1)] * count)
     assert estimate.seconds == pytest.approx(milliseconds / 1e3, rel=0.03)
+
+
+@pytest.mark.parametrize(("count", "milliseconds"), [(1, 3.46), (32, 5.33)])
+def test_another_model_is_foretold_from_a_profile_of_the_same_device(count: int, milliseconds: float) -> None:
+    """Llama 2 7B on that H200, from the profile of Llama 3.1 8B: many KV heads in place of few, a smaller MLP."""
+    profile = open_profile("h200", LLAMA_2_7B, model="llama-2-7b")
+    assert profile.source == "scaled"
+    assert "llama-3.1-8b" in profile.note
+    estimate = StepCost(profile).estimate([ChunkShape(256, 1)] * count)
+    assert estimate.low < milliseconds / 1e3 < estimate.high
 
 
 def test_a_device_takes_the_longer_of_launching_computing_and_the_hosts_work() -> None:
