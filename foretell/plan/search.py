@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 from foretell.cost.grid import BeyondProfileError
 from foretell.plan.evaluate import Outcome, evaluate
@@ -51,13 +52,13 @@ def search(
     report: Report = lambda done, total, what: None,
 ) -> Found:
     """``exhaustive``: simulate everything that fits, to check the rest against. ``most``: simulate no more than so
-    many; the others are listed as not simulated."""
+    many, from all over the space; the others are listed as not simulated."""
     found = Found(list(candidates))
     _check(problem, found)
     report(found.settled, len(candidates), "what fits")
     pruner = None if exhaustive else _Pruner(problem, found)
     with Workers(lambda index: _run(problem, found, index), processes) as workers:
-        waiting = iter([i for i in range(len(found.candidates)) if i not in found.pruned])
+        waiting = iter(_in_order(found, spread=most is not None))
         begun = 0
         for index in _next(waiting, pruner, found):
             if most is not None and begun >= most:
@@ -74,6 +75,14 @@ def search(
             _take(found, *workers.result())
             report(found.settled, len(candidates), "the last ones")
     return found
+
+
+def _in_order(found: Found, *, spread: bool) -> list[int]:
+    """What is left, the plain first; ``spread``: from all over the space, for a part of it to have some of everything."""
+    left = [i for i in range(len(found.candidates)) if i not in found.pruned]
+    if spread:
+        Random(0).shuffle(left)
+    return left
 
 
 def _next(waiting: Iterator[int], pruner: _Pruner | None, found: Found) -> Iterator[int]:

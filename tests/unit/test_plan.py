@@ -168,6 +168,18 @@ def test_what_cannot_be_as_good_is_not_simulated() -> None:
     assert "goodput at most" in found.pruned[1].reason
 
 
+def test_a_part_of_the_space_has_something_of_everything() -> None:
+    asked = problem(requests=3)
+    found = search(asked, candidates(CHOICES), most=16)
+    looked_at = [found.candidates[i] for i in found.outcomes]
+    assert len(looked_at) == 16
+    assert {one.policy for one in looked_at} == set(CHOICES.policies)
+    assert {one.layout for one in looked_at} == set(CHOICES.layouts)
+    left = [pruned for pruned in found.pruned.values() if pruned.kind == "not simulated"]
+    assert all("as many as were asked for" in pruned.reason for pruned in left)
+    assert found.settled == len(found.candidates)
+
+
 def test_what_would_be_the_same_run_is_not_simulated_again() -> None:
     asked = problem(rate=2.0)
     space = [CANDIDATE, replace(CANDIDATE, max_num_seqs=6), replace(CANDIDATE, enable_prefix_caching=False)]
