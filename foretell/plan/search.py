@@ -78,7 +78,7 @@ def search(
 
 
 def _in_order(found: Found, *, spread: bool) -> list[int]:
-    """What is left, the plain first; ``spread``: from all over the space, for a part of it to have some of everything."""
+    """What is left, the plain first; ``spread``: from all over the space, so that a part has some of everything."""
     left = [i for i in range(len(found.candidates)) if i not in found.pruned]
     if spread:
         Random(0).shuffle(left)

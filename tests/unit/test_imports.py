@@ -40,6 +40,12 @@ def test_the_load_generator_loads_neither_torch_nor_a_server() -> None:
     assert not loaded_by("import foretell.loadgen.command, foretell.loadgen.plot") & {"torch", "fastapi", "uvicorn"}
 
 
+def test_the_planner_decides_without_torch() -> None:
+    modules = [f"foretell.plan.{p.stem}" for p in (PACKAGE / "plan").glob("*.py") if p.stem != "__init__"]
+    assert len(modules) >= 12
+    assert not loaded_by(f"import {', '.join(modules)}") & {"torch", "fastapi", "uvicorn"}
+
+
 def test_core_and_virtual_executor_import_neither_torch_nor_numpy() -> None:
     modules = [f"foretell.core.{p.stem}" for p in (PACKAGE / "core").glob("*.py") if p.stem != "__init__"]
     assert len(modules) >= 7
