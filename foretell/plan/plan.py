@@ -13,7 +13,7 @@ from foretell.errors import ConfigError
 from foretell.plan.evaluate import Outcome, evaluate
 from foretell.plan.goals import Goal, measure_name
 from foretell.plan.problem import Problem
-from foretell.plan.rank import best_with, pareto, ranking
+from foretell.plan.rank import best_with, pareto, ranking, settle_on_the_plain
 from foretell.plan.search import Found
 from foretell.plan.space import Candidate
 
@@ -110,6 +110,8 @@ class Plan:
 def conclude(problem: Problem, found: Found, *, model: str, dtype: str = "auto") -> Plan:
     """Rank what was found, and simulate the winner at both ends of its interval."""
     goal = problem.goal
+    for first in ranking(goal, found)[:1]:
+        settle_on_the_plain(found, first)
     workload = problem.prompts.workload
     plan = Plan(
         model, f"{workload.name}: {workload.description}", str(problem.machine), goal, found, ranking(goal, found),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from foretell.plan.evaluate import Outcome
@@ -52,6 +53,19 @@ def _by_goodput(goal: Goal, found: Found, indices: Sequence[int]) -> list[int]:
 def _slack(goal: Goal, outcome: Outcome) -> tuple[float, ...]:
     """How near the limits it is; without limits, its latencies."""
     return (goal.ratio(outcome.latencies), *outcome.latencies) if goal.limits else outcome.latencies
+
+
+def settle_on_the_plain(found: Found, winner: int) -> int:
+    """The plainest of those that are the same run as the winner, in its place among what was simulated."""
+    equals = [p for p in found.pruned.values() if p.kind == "the same run" and p.like == winner]
+    plain = min((p.index for p in equals), default=winner)
+    if plain >= winner:
+        return winner
+    found.outcomes[plain] = found.outcomes.pop(winner)
+    for pruned in equals:
+        found.pruned[pruned.index] = replace(pruned, like=plain)
+    found.pruned[winner] = replace(found.pruned.pop(plain), index=winner)
+    return plain
 
 
 def pareto(found: Found) -> list[int]:

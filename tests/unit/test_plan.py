@@ -168,6 +168,19 @@ def test_what_cannot_be_as_good_is_not_simulated() -> None:
     assert "goodput at most" in found.pruned[1].reason
 
 
+def test_of_equal_runs_the_plainest_wins() -> None:
+    asked = problem(rate=2.0, goal=None)
+    odd = replace(CANDIDATE, max_num_seqs=16)
+    found = search(asked, [CANDIDATE, odd])
+    assert found.pruned[1].like == 0
+    found.outcomes = {1: found.outcomes[0]}  # as if the odd one had been looked at first
+    found.pruned = {0: replace(found.pruned[1], index=0, like=1)}
+    made = plans.conclude(asked, found, model="paper")
+    assert made.winner == 0
+    assert made.engine["max_num_seqs"] == CANDIDATE.max_num_seqs
+    assert [(p.index, p.like) for p in found.pruned.values()] == [(1, 0)]
+
+
 def test_a_part_of_the_space_has_something_of_everything() -> None:
     asked = problem(requests=3)
     found = search(asked, candidates(CHOICES), most=16)
@@ -480,6 +493,6 @@ def test_the_command_plans_for_a_data_sheet_and_keeps_what_it_found(
     assert svg.read_text().startswith("<svg")
     assert plans.load(out) == plans.load(tmp_path / "home" / "plans" / default_path(str(folder)).name)
     as_json = CliRunner().invoke(app, [*told, "--json"])
-    assert json.loads(as_json.output)["winner"]["replicas"] == 1
+    assert json.loads(as_json.output)["winner"]["pp"] == 1
     refused = CliRunner().invoke(app, ["plan", str(folder), "--devices", "abacus"])
     assert refused.exit_code != 0
