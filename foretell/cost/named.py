@@ -14,7 +14,7 @@ from foretell.cost.devices import DEVICES
 from foretell.cost.floor import WeightBytes
 from foretell.cost.hardware import BYTES_PER_ELEMENT
 from foretell.cost.profile import Profile
-from foretell.cost.scaled import distance, scaled_profile
+from foretell.cost.scaled import MOST, distance, scaled_profile
 from foretell.errors import ConfigError
 
 ANALYTIC = "analytic:"
@@ -98,8 +98,6 @@ def shipped() -> dict[str, tuple[str, ...]]:
 def nearest(key: str, spec: ModelSpec, dtype: str, weight_format: str | None) -> Profile | None:
     """Of the shipped profiles of a device, that of the most similar layers, its weights kept in the same format
     if one is named; None if all are too unlike."""
-    from foretell.cost.scaled import MOST
-
     found = [_load_shipped(key, file) for file in shipped()[key]]
     same = [one for one in found if weight_format in (None, one.weight_format)]
     exact = [one for one in same if one.spec == spec]
