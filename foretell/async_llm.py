@@ -19,7 +19,7 @@ class AsyncLLM:
     def __init__(
         self, model: str, *, on_event: Callable[[dict[str, Any]], None] | None = None, **options: Any
     ) -> None:
-        self.llm = LLM(model, on_event=on_event, **options)
+        self.llm = LLM(model, on_event=on_event, **{"interactive": True, **options})
 
     @classmethod
     def over(cls, llm: LLM) -> AsyncLLM:

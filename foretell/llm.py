@@ -38,7 +38,7 @@ class LLM:
         on_load: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> None:
-        made = EngineOptions(model=str(model), **options)
+        made = EngineOptions(model=str(model), **{"interactive": False, **options})
         self.assembly: Assembly = assemble(made, on_event=on_event, on_load=on_load)
         self.tokenizer: Tokenizer | None = self.assembly.tokenizer
         self.spec = self.assembly.spec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from foretell.config import ModelSpec, PolicyName, SchedulerConfig
 from foretell.core.policy import POLICIES
@@ -18,6 +19,7 @@ MAX_THREADS = 1024
 DEFAULT_MAX_SEQS = {"cpu": 64, "cuda": 256}
 # per step: a GPU needs thousands to be busy; a CPU is with hundreds, and everybody waits for a step that is long
 DEFAULT_MAX_TOKENS = {"cpu": 512, "cuda": 8192}
+BATCH_MAX_TOKENS = 16384  # on a GPU whose tokens nobody watches: fewer steps, and tiles that fill it better
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class EngineOptions:
     load_format: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None  # 64 on a CPU, 256 on a GPU; max_num_batched_tokens where that is less
-    max_num_batched_tokens: int | None = None  # 512 on a CPU, 8192 on a GPU
+    max_num_batched_tokens: int | None = None  # 512 on a CPU, 8192 on a GPU, 16384 there if not interactive
     max_chunk_tokens: int = 0
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"  # "fp8": half the bytes, GPUs only
@@ -37,7 +39,8 @@ class EngineOptions:
     device: str = "auto"
     memory_share: float = 0.9  # of a GPU's memory, for everything
     block_size: int = 16
-    policy: PolicyName = "mixed"
+    policy: PolicyName | Literal["auto"] = "auto"  # mixed; prefill-first on a GPU whose tokens nobody watches
+    interactive: bool = True  # requests come when they like and tokens are watched; else only the end counts
     enable_prefix_caching: bool = True
     watermark: float = 0.01
     starvation_turns: int = 64
@@ -65,7 +68,7 @@ class EngineOptions:
             self.step_log is None or isinstance(self.step_log, (str, os.PathLike)),
             f"step_log is the name of a file, got {self.step_log!r}",
         )
-        for name in ("enable_prefix_caching", "batch_invariant"):
+        for name in ("enable_prefix_caching", "batch_invariant", "interactive"):
             value = getattr(self, name)
             _need(value is True or value is False, f"{name} is True or False, got {value!r}")
         _need(
@@ -106,7 +109,7 @@ _CHOICES = {
     "load_format": LOAD_FORMATS,
     "device": DEVICES,
     "kv_cache_dtype": KV_CACHE_DTYPES,
-    "policy": tuple(POLICIES),
+    "policy": ("auto", *POLICIES),
 }
 
 
@@ -151,7 +154,9 @@ def _device(options: EngineOptions) -> str:
 
 
 def scheduler_config(options: EngineOptions, max_model_len: int, device: str = "cpu") -> SchedulerConfig:
-    most_tokens = options.max_num_batched_tokens or max(DEFAULT_MAX_TOKENS[device], options.max_num_seqs or 1)
+    unwatched = device == "cuda" and not options.interactive
+    usual_tokens = BATCH_MAX_TOKENS if unwatched else DEFAULT_MAX_TOKENS[device]
+    most_tokens = options.max_num_batched_tokens or max(usual_tokens, options.max_num_seqs or 1)
     most_seqs = options.max_num_seqs or min(DEFAULT_MAX_SEQS[device], most_tokens)
     return SchedulerConfig(
         max_num_seqs=most_seqs,
@@ -159,7 +164,7 @@ def scheduler_config(options: EngineOptions, max_model_len: int, device: str = "
         max_model_len=max_model_len,
         max_chunk_tokens=options.max_chunk_tokens,
         block_size=options.block_size,
-        policy=options.policy,
+        policy=options.policy if options.policy != "auto" else "prefill-first" if unwatched else "mixed",
         enable_prefix_caching=options.enable_prefix_caching,
         watermark=options.watermark,
         starvation_turns=options.starvation_turns,

@@ -32,7 +32,7 @@ from foretell.trace.workloads import Workload, named_workload
 H200 = Hardware(0, 4.26e12, {"float32": 60e12, "bfloat16": 788e12})
 OPTIONS: dict[str, Any] = {
     "load_format": "dummy", "dtype": "bfloat16", "device": "cuda", "max_model_len": 16384, "max_num_seqs": 512,
-    "max_num_batched_tokens": 8192, "enable_prefix_caching": False,
+    "enable_prefix_caching": False,
 }  # fmt: skip
 # (model, workload) → vLLM 0.25.1 on an H200, our bar, our aim; milliseconds per step or tokens per second
 TABLE: dict[tuple[str, str], tuple[float | None, float | None, float | None]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from foretell.config import Activation, ModelSpec
 
@@ -38,6 +38,7 @@ class BatchContext:
     max_query_len: int
     max_kv_len: int
     chunks: Sequence[tuple[int, int]] = ()  # (first position, tokens) of each sequence, where the host tells
+    last_rows: Tensor | None = None  # [S] each sequence's last token, in a layer whose other rows nobody reads
 
 
 @dataclass(slots=True)
@@ -71,6 +72,15 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K] → [M, N], in x's dtype."""
+        ...
+
+
+@runtime_checkable
+class WritesInto(Protocol):
+    """A linear layer that puts its result where it is told to."""
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """x [M, K] → out [M, N], contiguous, in x's dtype."""
         ...
 
 
@@ -115,8 +125,11 @@ class Kernels(Protocol):
         """x/√(mean(x²)+eps) · weight over the last dimension (Zhang & Sennrich 2019); x [..., C]."""
         ...
 
-    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + y), x + y), of [M, C]: what stands between two halves of a block."""
+    def add_rms_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, y_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + y), x + y), of [M, C]: what stands between two halves of a block. With ``y_weight``, y is
+        normed by itself first."""
         ...
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor: ...
@@ -163,7 +176,9 @@ class Kernels(Protocol):
         window: int | None,
     ) -> Tensor:
         """All between the projection of q, k, v and that of the result, [M, H·D]: norm the heads of q and k, rotate
-        them (rope_), keep k and v (write_kv), attention. q [M, H, D], k and v [M, G, D] may be overwritten."""
+        them (rope_), keep k and v (write_kv), attention. q [M, H, D], k and v [M, G, D] may be overwritten.
+
+        With ``context.last_rows``, all of k and v are kept, but only those rows are the result, [S, H·D]."""
         ...
 
 

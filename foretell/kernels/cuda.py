@@ -58,24 +58,28 @@ class CudaKernels(CudaAttention):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         normed = torch.empty_like(x)
-        C = x.shape[-1]
-        self._norm(x, x, weight, normed, normed, C, eps, False)
+        self._norm(x, x, weight, None, normed, normed, eps, False)
         return normed
 
-    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, y_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x, y = x.contiguous(), y.contiguous()
         normed, sums = torch.empty_like(x), torch.empty_like(x)
-        self._norm(x, y, weight, normed, sums, x.shape[-1], eps, True)
+        self._norm(x, y, weight, y_weight, normed, sums, eps, True)
         return normed, sums
 
     def _norm(
-        self, x: Tensor, y: Tensor, weight: Tensor, normed: Tensor, sums: Tensor, C: int, eps: float, add: bool
-    ) -> None:
+        self, x: Tensor, y: Tensor, weight: Tensor, y_weight: Tensor | None, normed: Tensor, sums: Tensor, eps: float,
+        add: bool,
+    ) -> None:  # fmt: skip
+        C = x.shape[-1]
         block = power_of_two(C)
         if x.numel() > 0:
             launch(
-                triton_elementwise.rms_norm, (x.numel() // C,), x, y, weight, normed, sums, C, eps, add, block,
-                num_warps=min(max(block // 512, 1), 8), device=x.device,
+                triton_elementwise.rms_norm, (x.numel() // C,),
+                x, y, weight, weight if y_weight is None else y_weight, normed, sums, C, eps, add,
+                y_weight is not None, block, num_warps=min(max(block // 512, 1), 8), device=x.device,
             )  # fmt: skip
 
     def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:

@@ -77,6 +77,7 @@ class _Calls:
             calls += [partial(self.attend, 1, 128, window, ())]
             if window is not None:  # prompts longer than the window have a kernel of their own
                 calls += [partial(self.attend, 1, 128, window, [(0, window + 1)])]
+        calls += [partial(self.attend, count, 1, self.spec.windows[-1], (), last=True) for count in self.batches()]
         if self.dtype.itemsize == 2:
             rows = ROWS if self.quantization is None else QUANTISED_ROWS
             calls += [partial(self.linear, *shape, M) for shape in sorted(self.shapes()) for M in rows]
@@ -117,12 +118,15 @@ class _Calls:
         x, weight = self.empty(2, self.spec.hidden_size), self.empty(self.spec.hidden_size, dtype=torch.float32)
         if self.spec.norm == "rms":
             self.kernels.rms_norm(x, weight, 1e-5)
-            self.kernels.add_rms_norm(x, x, weight, 1e-5)
+            behind = weight if self.spec.norm_placement == "sandwich" else None
+            self.kernels.add_rms_norm(x, x, weight, 1e-5, behind)
         if self.spec.gated_mlp:
             self.kernels.gated_activation(self.empty(2, 2 * self.spec.intermediate_size), self.spec.activation)
 
-    def attend(self, S: int, length: int, window: int | None, chunks: Sequence[tuple[int, int]]) -> None:
-        """S sequences of ``length`` new tokens."""
+    def attend(
+        self, S: int, length: int, window: int | None, chunks: Sequence[tuple[int, int]], *, last: bool = False
+    ) -> None:
+        """S sequences of ``length`` new tokens; ``last``: as in the last layer."""
         s, M, D = self.spec, S * length, self.spec.head_dim
         heads = self.empty(M, s.num_heads + 2 * s.num_kv_heads, D)
         q, k, v = torch.split(heads, [s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
@@ -137,6 +141,7 @@ class _Calls:
         context = BatchContext(
             self.empty(M, dtype=torch.int64), integers(S + 1), integers(S), (view,),
             self.block_size, length, length, chunks,
+            torch.zeros(S, dtype=torch.int32, device=self.device) if last else None,
         )  # fmt: skip
         rotation = None if angles is None else (angles, angles)
         self.kernels.attend(q, k, v, norms, rotation, KVLayer(cache, cache, 0), context, s.attention_scale, window)

@@ -47,10 +47,28 @@ class CudaAttention(ReferenceKernels):
         window: int | None,
     ) -> Tensor:
         qkv, H = _one_row_per_token(q, k, v), q.shape[1]
+        if context.last_rows is not None and not self.batch_invariant:
+            self._place(qkv, H, norms, rotation, kv, context)
+            return self._decode(qkv.index_select(0, context.last_rows), H, None, None, kv, context, scale, window)
+        mixed = self._attend(qkv, H, norms, rotation, kv, context, scale, window)
+        return mixed if context.last_rows is None else mixed.index_select(0, context.last_rows)
+
+    def _attend(
+        self,
+        qkv: Tensor,
+        H: int,
+        norms: HeadNorms | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        kv: KVLayer,
+        context: BatchContext,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Of rows [M, (H + 2G)·D], one per token."""
         ones, decoding, rest = self._parts_of(context, len(qkv))
         if rest is None:
             return self._decode(qkv, H, norms, rotation, kv, decoding, scale, window)
-        out = torch.empty(len(qkv), H * q.shape[2], dtype=q.dtype, device=q.device)
+        out = torch.empty(len(qkv), H * kv.k.shape[3], dtype=qkv.dtype, device=qkv.device)
         if ones:
             angles = None if rotation is None else (rotation[0][:ones], rotation[1][:ones])
             self._decode(qkv[:ones], H, norms, angles, kv, decoding, scale, window, out)

@@ -78,8 +78,10 @@ class ReferenceKernels:
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (wide * scale * weight.float()).to(x.dtype)
 
-    def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        x = x + y
+    def add_rms_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, y_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x = x + (y if y_weight is None else self.rms_norm(y, y_weight, eps))
         return self.rms_norm(x, weight, eps), x
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -151,7 +153,8 @@ class ReferenceKernels:
             self.rope_(q, *rotation)
             self.rope_(k, *rotation)
         self.write_kv(k, v, kv, context)
-        return self.attention(q, kv, context, scale, window)
+        mixed = self.attention(q, kv, context, scale, window)
+        return mixed if context.last_rows is None else mixed.index_select(0, context.last_rows)
 
 
 def _chunk_attention(q: Tensor, kv: KVLayer, table: Tensor, kv_len: int, scale: float, window: int | None) -> Tensor:

@@ -11,19 +11,27 @@ from foretell.kernels.triton_common import activated, let_next_start, wait_for_i
 
 @triton.jit
 def rms_norm(
-    x_ptr, y_ptr, weight_ptr, normed_ptr, sum_ptr, C, eps,
-    ADD: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, y_ptr, weight_ptr, y_weight_ptr, normed_ptr, sum_ptr, C, eps,
+    ADD: tl.constexpr, NORM_Y: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: normed = rms_norm(x) or, with ADD, of sum = x + y, rounded to its dtype first."""
+    """One row a program: normed = rms_norm(x) or, with ADD, of sum = x + y, rounded to its dtype first. NORM_Y: y is
+    normed before it is added, and rounded then as well."""
     let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64) * C
     c = tl.arange(0, BLOCK_C)
     inside = c < C
     weight = tl.load(weight_ptr + c, mask=inside, other=0.0)
+    y_weight = weight
+    if NORM_Y:
+        y_weight = tl.load(y_weight_ptr + c, mask=inside, other=0.0)
     wait_for_inputs(PDL)
     x = tl.load(x_ptr + row + c, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(y_ptr + row + c, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row + c, mask=inside, other=0.0).to(tl.float32)
+        if NORM_Y:
+            y_scale = tl.rsqrt(tl.sum(y * y, axis=0) / C + eps)
+            y = (y * y_scale * y_weight).to(sum_ptr.dtype.element_ty).to(tl.float32)
+        x += y
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row + c, rounded, mask=inside)
         x = rounded.to(tl.float32)

@@ -9,8 +9,8 @@ from torch import Tensor
 from foretell.kernels.base import BatchContext, KVLayer
 from foretell.model.attention import Attention
 from foretell.model.mlp import MLP
-from foretell.model.norm import Norm
-from foretell.model.residual import Residual, total
+from foretell.model.norm import Norm, PostNorm
+from foretell.model.residual import PendingNorm, Residual, chosen, total
 from foretell.model.rope import Rotation
 
 
@@ -27,21 +27,21 @@ class Block:
     mlp: MLP
     attention_norm: Norm = unchanged
     mlp_norm: Norm = unchanged
-    attention_post_norm: Norm = unchanged
-    mlp_post_norm: Norm = unchanged
+    attention_post_norm: PostNorm = unchanged
+    mlp_post_norm: PostNorm = unchanged
     residual_multiplier: float = 1.0
     parallel: bool = False  # both halves read the same x (GPT-J's form, used by GPT-NeoX and Falcon)
 
     def __call__(self, x: Residual, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Residual:
-        """x [M, h] → [M, h]."""
-        if self.parallel:
-            attended = self.attention(self.attention_norm(x), rotation, context, kv)
-            return x + attended + self.mlp(self.mlp_norm(x))
+        """x [M, h] → [M, h], or [S, h] where the context wants last rows alone."""
         attended = self.attention(self.attention_norm(x), rotation, context, kv)
+        x = chosen(x, context.last_rows)
+        if self.parallel:
+            return x + attended + self.mlp(self.mlp_norm(x))
         x = x + self.scaled(self.attention_post_norm(attended))
         return x + self.scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
-    def scaled(self, x: Tensor) -> Tensor:
+    def scaled(self, x: Tensor | PendingNorm) -> Tensor | PendingNorm:
         return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
 
 
@@ -54,6 +54,7 @@ class SharedNormBlock:
     norm: Norm
 
     def __call__(self, x: Residual, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Residual:
-        """x [M, h] → [M, h]."""
+        """x [M, h] → [M, h], or [S, h] where the context wants last rows alone."""
         normed = self.norm(x)
-        return x + self.attention(normed, rotation, context, kv) + self.mlp(normed)
+        attended = self.attention(normed, rotation, context, kv)
+        return chosen(x, context.last_rows) + attended + self.mlp(total(chosen(normed, context.last_rows)))

@@ -17,7 +17,7 @@ from foretell.kernels.base import HeadNorms, Kernels, Linear
 from foretell.model.attention import Attention
 from foretell.model.block import Block, SharedNormBlock
 from foretell.model.mlp import MLP, GatedMLP, PlainMLP
-from foretell.model.norm import Norm, make_norm
+from foretell.model.norm import DeferredRMSNorm, Norm, PostNorm, make_norm
 from foretell.model.parameters import layer_norm_names, layer_prefix, weight_shapes
 from foretell.model.residual import PendingSum, Residual
 from foretell.model.transformer import Embedding, Head, Transformer
@@ -124,12 +124,19 @@ class Builder:
 
     def block(self, layer: int) -> Block | SharedNormBlock:
         spec, prefix = self.spec, layer_prefix(layer)
-        norms = {name: self.norm(prefix + name) for name in layer_norm_names(spec)}
+        names = layer_norm_names(spec)
+        norms = {name: self.norm(prefix + name) for name in names if "post" not in name}
+        behind = {name: self.post_norm(prefix + name) for name in names if "post" in name}
         attention, mlp = self.attention(layer), self.mlp(layer)
         if spec.shared_block_norm:
             return SharedNormBlock(attention, mlp, norms["attention_norm"])
         return Block(
-            attention, mlp, **norms, residual_multiplier=spec.residual_multiplier, parallel=spec.parallel_block
+            attention,
+            mlp,
+            **norms,
+            **behind,
+            residual_multiplier=spec.residual_multiplier,
+            parallel=spec.parallel_block,
         )
 
     def attention(self, layer: int) -> Attention:
@@ -204,6 +211,13 @@ class Builder:
         weight = self.tensor(f"{name}.weight", torch.float32).clone()  # not the mapped file
         bias = self.tensor(f"{name}.bias", torch.float32).clone() if self.spec.norm_bias else None
         return make_norm(self.kernels, self.spec.norm, weight, bias, self.spec.norm_eps)
+
+    def post_norm(self, name: str) -> PostNorm:
+        """A norm behind a half of a block: left to the sum that follows, where that is one kernel."""
+        if not self.kernels.defers_sums or self.spec.norm != "rms":
+            return self.norm(name)
+        weight = self.tensor(f"{name}.weight", torch.float32).clone()
+        return DeferredRMSNorm(self.kernels, weight, self.spec.norm_eps)
 
     def head_norms(self, prefix: str) -> HeadNorms:
         q, k = (self.tensor(f"{prefix}{name}.weight", torch.float32).clone() for name in ("q_norm", "k_norm"))

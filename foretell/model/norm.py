@@ -9,9 +9,10 @@ from torch import Tensor
 
 from foretell.config import Norm as NormKind
 from foretell.kernels.base import Kernels
-from foretell.model.residual import PendingSum, Residual, total
+from foretell.model.residual import PendingNorm, PendingSum, Residual, total
 
 Norm = Callable[[Residual], Tensor]  # [..., C] → [..., C]
+PostNorm = Callable[[Residual], Tensor | PendingNorm]
 
 
 @dataclass(slots=True)
@@ -24,6 +25,18 @@ class RMSNorm:
         if isinstance(x, PendingSum):
             return x.rms_normed(self.weight, self.eps)
         return self.kernels.rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(slots=True)
+class DeferredRMSNorm:
+    """Norms what a half of a block gave, as part of the sum and the norm that follow."""
+
+    kernels: Kernels
+    weight: Tensor  # [C] float32
+    eps: float
+
+    def __call__(self, y: Residual) -> PendingNorm:
+        return PendingNorm(self.kernels, total(y), self.weight, self.eps)
 
 
 @dataclass(slots=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from foretell.config import ModelSpec
-from foretell.kernels.base import BatchContext, KVLayer, Linear
+from foretell.kernels.base import BatchContext, KVLayer, Linear, WritesInto
 from foretell.model.block import Block, SharedNormBlock
 from foretell.model.norm import Norm
 from foretell.model.residual import Residual, total
@@ -42,7 +42,10 @@ class Head:
     divisor: float = 1.0
 
     def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden [R, h] → [R, vocab] float32, in ``out`` where that is given."""
+        """hidden [R, h] → [R, vocab] float32, or in ``out``, of its dtype, where that is given."""
+        if out is not None and out.dtype == hidden.dtype and isinstance(self.linear, WritesInto):
+            self.linear.into(hidden, out)
+            return out if self.divisor == 1.0 else out.div_(self.divisor)
         scores = self.linear(hidden)
         logits = scores.float() if out is None else out.copy_(scores)
         return logits if self.divisor == 1.0 else logits.div_(self.divisor)
@@ -72,23 +75,31 @@ class Transformer:
         self.rope = RotaryTable(self.spec.rope) if self.spec.rope else None
         self.local_rope = RotaryTable(self.spec.local_rope) if self.spec.local_rope else self.rope
 
-    def forward(self, token_ids: Tensor, context: BatchContext, kv: Sequence[KVLayer]) -> Tensor:
-        """token_ids [M] int64 → hidden states [M, h], final norm applied; kv: one entry per block."""
-        return self.finish(self.run_blocks(self.embed(token_ids, context), context, kv))
+    def forward(
+        self, token_ids: Tensor, context: BatchContext, kv: Sequence[KVLayer], last_rows: Tensor | None = None
+    ) -> Tensor:
+        """token_ids [M] int64 → hidden states [M, h], final norm applied; kv: one entry per block. With ``last_rows``
+        (see ``BatchContext``) theirs alone, [S, h]."""
+        return self.finish(self.run_blocks(self.embed(token_ids, context), context, kv, last_rows))
 
     def embed(self, token_ids: Tensor, context: BatchContext) -> Tensor:
         """[M] int64 → [M, h]."""
         assert self.embedding is not None, "only the first pipeline stage embeds"
         return self.embedding(token_ids, context.positions)
 
-    def run_blocks(self, x: Residual, context: BatchContext, kv: Sequence[KVLayer]) -> Residual:
-        """[M, h] → [M, h] through this stage's layers."""
+    def run_blocks(
+        self, x: Residual, context: BatchContext, kv: Sequence[KVLayer], last_rows: Tensor | None = None
+    ) -> Residual:
+        """[M, h] → [M, h] through this stage's layers. With ``last_rows``, the model's last layer goes on with those
+        alone once it has kept everyone's keys and values."""
         if self.stream is not None:
             x = self.stream(total(x))
         full = self._rotation(self.rope, context)
         local = full if self.local_rope is self.rope else self._rotation(self.local_rope, context)
         for layer, (block, layer_kv) in enumerate(zip(self.blocks, kv, strict=True), self.first_layer):
             rotation = full if self.spec.windows[layer] is None else local
+            if last_rows is not None and layer == self.spec.num_layers - 1:
+                context = replace(context, last_rows=last_rows)
             x = block(x, rotation, context, layer_kv)
         return x
 
@@ -98,7 +109,7 @@ class Transformer:
         return self.final_norm(x)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden [R, h] (rows that shall be sampled from) → [R, vocab] float32, in ``out`` where that is given."""
+        """hidden [R, h] (rows that shall be sampled from) → [R, vocab] float32, or in ``out`` where that is given."""
         assert self.head is not None, "only the last pipeline stage has the head"
         return self.head(hidden, out)
 

@@ -40,6 +40,11 @@ IN_FLIGHT = 3  # blocks of pinned memory: two steps in flight, and the one being
 NOT_FINITE = "the model's logits are not finite: the weights or the dtype are unsuitable"
 
 
+def _read_all_rows(states: list[RequestState]) -> bool:
+    """Whether somebody wants more of the model than what follows each chunk."""
+    return any(state.prompt_logprobs_due or state.params.pooling for state in states)
+
+
 @dataclass(slots=True)
 class Step:
     """A step that has been submitted: what its results will be made of."""
@@ -78,7 +83,9 @@ class DeviceRunner:
         self.graphs = graphs
         self.num_groups = len(spare_blocks)
         self.vocab_size = model.spec.vocab_size
-        self.buffers = StepBuffers(config, spare_blocks, self.vocab_size, device, in_flight=IN_FLIGHT)
+        self.buffers = StepBuffers(
+            config, spare_blocks, self.vocab_size, device, in_flight=IN_FLIGHT, logits_dtype=_logits_dtype(model)
+        )
         self.draws = DrawPlan(config.max_num_seqs, device, in_flight=IN_FLIGHT)
         self.sampler = Sampler(self.vocab_size)
         self.states: dict[int, RequestState] = {}
@@ -184,19 +191,19 @@ class DeviceRunner:
         max_query_len = max([chunk.length for chunk in chunks])
         max_kv_len = max([chunk.start + chunk.length for chunk in chunks])
         self.ends.unpack(self.buffers, layout, max_query_len, num_new)
-        hidden = self._hidden(layout, max_query_len, max_kv_len, [(chunk.start, chunk.length) for chunk in chunks])
-        self._prompt_logprobs(chunks, states, hidden)
-        if not decode:
-            last = self.buffers.staging[layout.query_starts][1:] - 1
-            hidden = hidden.index_select(0, last)
+        last = None if decode else self.buffers.staging[layout.query_starts][1:] - 1
+        only_last = None if _read_all_rows(states) else last
+        bounds = [(chunk.start, chunk.length) for chunk in chunks]
+        hidden = self._hidden(layout, max_query_len, max_kv_len, bounds, only_last)
+        if only_last is None:
+            self._prompt_logprobs(chunks, states, hidden)
+            hidden = hidden if last is None else hidden.index_select(0, last)
         return self._greedy(layout, hidden)
 
     @staticmethod
     def _graph_size(graphs: StepGraphs, states: list[RequestState]) -> int:
         """Sequences of the smallest graph that holds these; 0: none does, or they want more than tokens."""
-        if any(state.prompt_logprobs_due or state.params.pooling for state in states):
-            return 0
-        return graphs.size_for(len(states))
+        return 0 if _read_all_rows(states) else graphs.size_for(len(states))
 
     def _decode(self, size: int) -> Tensor:
         """A step of one token for each of ``size`` sequences: what a CUDA graph holds."""
@@ -205,11 +212,16 @@ class DeviceRunner:
         return self._greedy(layout, self._hidden(layout, 1, self.config.max_model_len))
 
     def _hidden(
-        self, layout: StepLayout, max_query_len: int, max_kv_len: int, chunks: Sequence[tuple[int, int]] = ()
+        self,
+        layout: StepLayout,
+        max_query_len: int,
+        max_kv_len: int,
+        chunks: Sequence[tuple[int, int]] = (),
+        last_rows: Tensor | None = None,
     ) -> Tensor:
         context = self.buffers.context(layout, max_query_len, max_kv_len)
         context.chunks = chunks
-        return self.model.forward(self.buffers.token_ids[: layout.num_tokens], context, self.kv)
+        return self.model.forward(self.buffers.token_ids[: layout.num_tokens], context, self.kv, last_rows)
 
     def _greedy(self, layout: StepLayout, hidden: Tensor) -> Tensor:
         logits = self.model.logits(hidden, self.buffers.logits[: len(hidden)])
@@ -312,7 +324,7 @@ class DeviceRunner:
             return logits[rows].float()
         at = torch.tensor(rows, pin_memory=True).to(self.device, non_blocking=True)
         host = torch.empty(len(rows), self.vocab_size, dtype=torch.float32, pin_memory=True)
-        return host.copy_(logits.index_select(0, at), non_blocking=True)
+        return host.copy_(logits.index_select(0, at).float(), non_blocking=True)
 
     def _prompt_logprobs(self, chunks: list[Chunk], states: list[RequestState], hidden: Tensor) -> None:
         at = 0
@@ -352,3 +364,10 @@ class DeviceRunner:
                 state.prompt_logprobs_due = False
             results.append(result)
         return results
+
+
+def _logits_dtype(model: Transformer) -> torch.dtype:
+    """The head's own where nothing is done to its scores: a float32 copy would say no more."""
+    if model.embedding is None or model.head is None or model.head.divisor != 1.0:
+        return torch.float32
+    return model.embedding.dtype

@@ -53,7 +53,7 @@ class DrawPlan:
 
 
 def draw_tokens(logits: Tensor, plan: Tensor, width: int) -> Tensor:
-    """logits [S, vocab] float32, plan [6, R] → tokens [R] int64; -1 where a row's logits are not finite."""
+    """logits [S, vocab], plan [6, R] → tokens [R] int64; -1 where a row's logits are not finite."""
     parts = [
         _draw_some(logits, plan[:, at : at + ROWS_AT_ONCE], width) for at in range(0, plan.shape[1], ROWS_AT_ONCE)
     ]
@@ -62,7 +62,7 @@ def draw_tokens(logits: Tensor, plan: Tensor, width: int) -> Tensor:
 
 def _draw_some(logits: Tensor, plan: Tensor, width: int) -> Tensor:
     rows, temperature, top_k, top_p, min_p, u = plan
-    scaled = logits.index_select(0, rows.long()) / temperature.to(logits.dtype)[:, None]
+    scaled = logits.index_select(0, rows.long()).float() / temperature.float()[:, None]
     finite = torch.isfinite(scaled.amax(dim=-1))
     probs = torch.softmax(scaled, dim=-1)
     floor = min_p.to(probs.dtype)[:, None] * probs.amax(dim=-1, keepdim=True)

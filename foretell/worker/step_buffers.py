@@ -67,6 +67,7 @@ class StepBuffers:
         device: torch.device,
         *,
         in_flight: int,
+        logits_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.device = device
         self.block_size = config.block_size
@@ -96,7 +97,7 @@ class StepBuffers:
         for table, block in zip(self.resident, spare_blocks, strict=True):
             table[self.spare_slot] = block
         self.last_token = empty(self.max_seqs + 1, dtype=torch.int64)
-        self.logits = empty(self.max_seqs, vocab_size, dtype=torch.float32)
+        self.logits = empty(self.max_seqs, vocab_size, dtype=logits_dtype)
         self.sampled = empty(self.max_seqs, dtype=torch.int64)
         self.sampled_host = [
             torch.zeros(self.max_seqs, dtype=torch.int64, pin_memory=pinned) for _ in range(in_flight)

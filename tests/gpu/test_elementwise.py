@@ -27,6 +27,10 @@ def test_norms(kernels, device, C, dtype):
         normed, sums = kernels.add_rms_norm(x, y, w, 1e-5)
         assert torch.equal(sums, x + y)
         near(normed, exact_norm(x + y, w), relative)
+        behind = torch.randn(C, device=device)
+        normed, sums = kernels.add_rms_norm(x, y, w, 1e-5, behind)
+        near(sums, x.double() + exact_norm(y, behind), relative)
+        near(normed, exact_norm(sums, w), relative)
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])

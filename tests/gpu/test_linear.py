@@ -71,6 +71,19 @@ def test_rows_of_a_wider_tensor(kernels, device):
         near(linear(x), x.double() @ w.double().T)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_written_where_it_is_told(kernels, device, dtype):
+    w = torch.randn(300, 128, device=device).to(dtype)
+    for bias in (None, torch.randn(300, device=device)):
+        for rows in (1, 5, 100):
+            x = torch.randn(rows, 128, device=device).to(dtype)
+            wide = torch.full((rows + 2, 300), 7.0, dtype=dtype, device=device)
+            kernels.pack_linear(w, bias).into(x, wide[:rows])
+            exact = x.double() @ w.double().T + (0 if bias is None else bias.double())
+            near(wide[:rows], exact, 3e-6 if dtype is torch.float32 else 4e-3)
+            assert bool((wide[rows:] == 7).all())
+
+
 def test_split_sums_are_the_same_bits_every_time(kernels, device):
     w = torch.randn(256, 2048, device=device).bfloat16()
     linear = kernels.pack_linear(w, None)

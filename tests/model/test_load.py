@@ -222,6 +222,22 @@ def test_dummy_weights_make_a_model_of_every_family(spec: ModelSpec) -> None:
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("spec", family_specs(), ids=lambda spec: spec.family)
+def test_last_rows_alone_are_those_of_all_rows(spec: ModelSpec) -> None:
+    model = load_dummy(spec, KERNELS, torch.float32, seed=3)
+    parts, tokens = [len(PROMPT), 1, 2], torch.tensor([*PROMPT, 7, 9, 1])
+    hidden = []
+    for last_rows in (None, torch.tensor([5, 6, 8])):
+        runner = PagedRunner(model, max_tokens=16, sequences=3)
+        context = runner.context(parts)
+        hidden.append(model.forward(tokens, context, runner.kv, last_rows))
+        runner.lengths = parts
+        hidden.append(runner.step([[3], [4], [5]]))  # on what was kept
+    whole, whole_next, last, last_next = hidden
+    torch.testing.assert_close(last, whole[[5, 6, 8]])
+    torch.testing.assert_close(last_next, whole_next)
+
+
 def test_every_family_names_every_weight() -> None:
     for spec in family_specs():
         sources = tensor_naming(spec).sources(spec, ())

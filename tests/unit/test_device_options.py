@@ -48,6 +48,19 @@ def test_a_gpu_takes_more_sequences_and_tokens_unless_told_otherwise() -> None:
     assert scheduler_config(EngineOptions(model="m", max_num_seqs=9000), 4096, "cuda").max_num_batched_tokens == 9000
 
 
+def test_where_nobody_watches_a_gpu_takes_prompts_first_in_larger_steps() -> None:
+    batch = EngineOptions(model="m", interactive=False)
+    gpu, cpu, served = (
+        scheduler_config(options, 4096, device)
+        for options, device in ((batch, "cuda"), (batch, "cpu"), (EngineOptions(model="m"), "cuda"))
+    )
+    assert (gpu.policy, gpu.max_num_batched_tokens) == ("prefill-first", 16384)
+    assert (cpu.policy, cpu.max_num_batched_tokens) == ("mixed", 512)
+    assert (served.policy, served.max_num_batched_tokens) == ("mixed", 8192)
+    told = scheduler_config(EngineOptions(model="m", interactive=False, policy="mixed"), 4096, "cuda")
+    assert told.policy == "mixed"
+
+
 def test_the_ledger_gives_the_cache_what_is_left_and_refuses_what_is_not_there() -> None:
     ledger = MemoryLedger(1000 << 20, 0.5, {"weights": 300 << 20, "activations": 100 << 20})
     assert ledger.left_for_kv(None) == 100 << 20

@@ -6,8 +6,8 @@ import torch
 
 from foretell.kernels.base import HeadNorms
 from foretell.kernels.reference import ReferenceKernels
-from foretell.model.norm import LayerNorm, RMSNorm
-from foretell.model.residual import PendingSum, total
+from foretell.model.norm import DeferredRMSNorm, LayerNorm, RMSNorm
+from foretell.model.residual import PendingSum, chosen, total
 from tests.unit.test_kernels_attention import Case
 
 
@@ -22,9 +22,9 @@ class Counting(ReferenceKernels):
         self.calls.append("norm")
         return super().rms_norm(x, weight, eps)
 
-    def add_rms_norm(self, x, y, weight, eps):
-        self.calls.append("add+norm")
-        return super().add_rms_norm(x, y, weight, eps)
+    def add_rms_norm(self, x, y, weight, eps, y_weight=None):
+        self.calls.append("add+norm" if y_weight is None else "norm+add+norm")
+        return super().add_rms_norm(x, y, weight, eps, y_weight)
 
 
 def test_sum_and_norm_are_one_call_and_the_sum_is_kept():
@@ -43,6 +43,25 @@ def test_sum_and_norm_are_one_call_and_the_sum_is_kept():
     assert torch.equal(total(stream), x + y + y + z)
     layer = LayerNorm(kernels, torch.randn(8), None, 1e-5)
     assert torch.equal(layer(stream + z), layer(total(stream) + z))
+
+
+def test_a_norm_before_the_sum_is_part_of_the_call():
+    kernels = Counting()
+    norm, behind = RMSNorm(kernels, torch.randn(8), 1e-5), DeferredRMSNorm(kernels, torch.randn(8), 1e-5)
+    x, y, z = torch.randn(3, 4, 8)
+    plain = x + RMSNorm(kernels, behind.weight, 1e-5)(y)
+    stream = PendingSum(kernels, x) + behind(y)
+    kernels.calls.clear()
+    normed = norm(stream)
+    assert kernels.calls[0] == "norm+add+norm"
+    assert torch.equal(total(stream), plain)
+    assert torch.equal(normed, norm(plain))
+    assert torch.equal(total(PendingSum(kernels, x) + behind(y)), plain), "no norm comes: it is added as it is"
+    torch.testing.assert_close(total(PendingSum(kernels, x) + behind(y) * 2.0), x + 2 * (plain - x))
+    other = RMSNorm(kernels, norm.weight, 1e-3)
+    assert torch.equal(other(PendingSum(kernels, x) + behind(y)), other(plain)), "of another eps: two calls"
+    rows = torch.tensor([2, 0])
+    assert torch.equal(total(chosen(stream + z, rows)), (plain + z)[rows])
 
 
 def test_attend_is_its_steps_one_after_the_other():
