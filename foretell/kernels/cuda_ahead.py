@@ -86,7 +86,7 @@ class _Calls:
     def batches(self) -> list[int]:
         """Sequences of a decode batch in each of the classes of cuda_tuning.decode."""
         units, heads = num_multiprocessors(self.device), self.spec.num_kv_heads
-        return sorted({-(-pairs // heads) for pairs in (1, units, 4 * units)})
+        return sorted({-(-pairs // heads) for pairs in (1, units, 2 * units + heads)})
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

@@ -179,12 +179,13 @@ class CudaAttention(ReferenceKernels):
         M, (_, G, block_size, D) = len(qkv), kv.k.shape
         cos, sin = rotation if rotation is not None else (qkv, qkv)
         R = cos.shape[1] if rotation is not None else 0
-        heads = min(power_of_two(H + 2 * G), 16)
+        heads, warps = (8, 2) if norms is not None else (16, 4)
+        heads = min(power_of_two(H + 2 * G), heads)
         launch(
             triton_elementwise.place_heads, (M, -(-(H + 2 * G) // heads)),
             qkv, qkv.stride(0), cos, sin, *_norm_arguments(norms, qkv), kv.k, kv.v, context.groups[kv.group].slots,
             H, G, block_size, D, R, power_of_two(max(D - 2 * R, 1)), power_of_two(max(R, 1)), heads,
-            norms is not None, num_warps=4, device=qkv.device,
+            norms is not None, num_warps=warps, device=qkv.device,
         )  # fmt: skip
 
     def attention(self, q: Tensor, kv: KVLayer, context: BatchContext, scale: float, window: int | None) -> Tensor:

@@ -99,7 +99,7 @@ def invariant(N: int, gated: bool, itemsize: int) -> FewRows:
 def decode(pairs: int, D: int, multiprocessors: int, max_kv_len: int) -> Decode:
     """``pairs``: sequences times KV heads. A launch is for all lengths: programs without keys leave at once, and each
     has keys enough to be worth the merging of parts."""
-    if pairs >= 4 * multiprocessors:
+    if pairs > 2 * multiprocessors:  # two stages, so that several programs share a multiprocessor: lengths differ
         return Decode(128, 1, 128, 2, 8, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
     if pairs >= multiprocessors:
         return Decode(128, 1, 128, 3, 8, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
