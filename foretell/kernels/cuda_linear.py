@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foretell.kernels import cuda_tuning, triton_linear
+from foretell.kernels.cublaslt import ManyRows
 from foretell.kernels.triton_common import Scratch, launch, num_multiprocessors, shared_bytes
 
 FEW_ROWS = 64  # up to here a product is bound by reading the weights
+MANY_ROWS = 1024  # from here on it is bound by the matrix unit, and by the card's power
 
 
 def precision(x: Tensor) -> str:
@@ -34,6 +36,8 @@ class CudaLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.takes(x):
+            if (many := self._many_rows(x)) is not None:
+                return many(x.contiguous(), self.weight)
             bias = None if self.bias is None else self.bias.to(self.weight.dtype)
             return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
         return self.launch(x, "")
@@ -46,6 +50,11 @@ class CudaLinear:
             torch.mm(x, self.weight.t(), out=out)
         else:
             out.copy_(self(x))
+
+    def _many_rows(self, x: Tensor) -> ManyRows | None:
+        """What takes this product, if it is a large one."""
+        plain = self.bias is None and x.dtype is self.weight.dtype is torch.bfloat16
+        return self.scratch.many_rows(x.device) if plain and len(x) >= MANY_ROWS else None
 
     def takes(self, x: Tensor) -> bool:
         """Whether our kernels are for this input."""

@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from foretell.kernels.cublaslt import ManyRows, many_rows
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -100,6 +102,7 @@ class Scratch:
     """
 
     def __init__(self) -> None:
+        self._many_rows: dict[torch.device, ManyRows | None] = {}
         self._floats: dict[torch.device, list[Tensor]] = {}
         self._counters: dict[torch.device, list[Tensor]] = {}
 
@@ -114,6 +117,12 @@ class Scratch:
         if not have or have[-1].numel() < count:
             have.append(torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device))
         return have[-1]
+
+    def many_rows(self, device: torch.device) -> ManyRows | None:
+        """The library for large products, with work space of its own; None where there is none."""
+        if device not in self._many_rows:
+            self._many_rows[device] = many_rows(device)
+        return self._many_rows[device]
 
 
 class Launcher(threading.local):

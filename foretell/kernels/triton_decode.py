@@ -124,10 +124,13 @@ def decode_attention(
             m = tl.sum(q.to(tl.float32) * k_kept.to(tl.float32), axis=1) * (scale * 1.4426950408889634)
             l += 1.0  # noqa: E741
             total += v_kept.to(tl.float32)
+        # a tile's place in the cache is looked up while the tile before it is worked on
+        soon_block = tl.load(table + (begin + n) // BLOCK_SIZE, mask=begin + n < end, other=0)
         for at in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
             key = at + n
             seen = key < end
-            block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+            block, soon = soon_block.to(tl.int64), key + BLOCK_N
+            soon_block = tl.load(table + soon // BLOCK_SIZE, mask=soon < end, other=0)
             if WINDOW:
                 seen = seen & (key >= first)
                 block = tl.where(seen, block, 0)

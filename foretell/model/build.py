@@ -126,18 +126,16 @@ class Builder:
         spec, prefix = self.spec, layer_prefix(layer)
         names = layer_norm_names(spec)
         norms = {name: self.norm(prefix + name) for name in names if "post" not in name}
-        behind = {name: self.post_norm(prefix + name) for name in names if "post" in name}
         attention, mlp = self.attention(layer), self.mlp(layer)
         if spec.shared_block_norm:
             return SharedNormBlock(attention, mlp, norms["attention_norm"])
-        return Block(
-            attention,
-            mlp,
-            **norms,
-            **behind,
-            residual_multiplier=spec.residual_multiplier,
-            parallel=spec.parallel_block,
+        block = Block(
+            attention, mlp, **norms, residual_multiplier=spec.residual_multiplier, parallel=spec.parallel_block
         )
+        for name in names:
+            if "post" in name:
+                setattr(block, name, self.post_norm(prefix + name))
+        return block
 
     def attention(self, layer: int) -> Attention:
         spec, prefix = self.spec, layer_prefix(layer) + "attention."

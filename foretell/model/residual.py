@@ -29,6 +29,9 @@ class PendingNorm:
     def __mul__(self, factor: float) -> Tensor:
         return self.normed() * factor
 
+    def __radd__(self, x: Tensor) -> Tensor:
+        return x + self.normed()
+
 
 class PendingSum:
     """x, or x + y not yet added up; [M, h]."""
