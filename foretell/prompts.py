@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from operator import index
@@ -35,14 +36,30 @@ class PromptPreparer:
                 raise InvalidRequestError("this model has no tokenizer: give the prompt as a list of token ids")
             ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         else:
-            plain = set(map(type, prompt)) == {int}  # prompts are long: worth a look first
-            ids = list(prompt) if plain else [int(i) if _is_index(i) else _bad_id(i) for i in prompt]
+            if (plain := self._plain_ids(prompt)) is not None:
+                return plain
+            ids = [int(i) if _is_index(i) else _bad_id(i) for i in prompt]
         if not ids:
             raise InvalidRequestError("the prompt is empty: send at least one token")
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             worst = min(ids) if min(ids) < 0 else max(ids)
             raise InvalidRequestError(f"token id {worst} is outside the vocabulary of {self.vocab_size}")
         return ids
+
+    def _plain_ids(self, prompt: Sequence[int]) -> list[int] | None:
+        """The ids of a list that is what it should be, in few passes, as prompts are long; None: look closer."""
+        if not isinstance(prompt, (list, tuple)):
+            return None
+        import numpy as np
+
+        try:
+            packed = array("q", prompt)  # whole numbers only, though True and False are 1 and 0 to it
+        except (TypeError, OverflowError):
+            return None
+        seen = np.frombuffer(packed, np.int64)
+        if len(seen) == 0 or seen.min() < 2 or seen.max() >= self.vocab_size:
+            return None
+        return packed.tolist()
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """The same, with the model's end tokens, bad words as ids, and a seed of its own if it has none."""

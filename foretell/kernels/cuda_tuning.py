@@ -73,6 +73,12 @@ def one_row(N: int, K: int, gated: bool, multiprocessors: int) -> OneRow | None:
     return OneRow(1, 4096, 4) if few_and_long else OneRow(4, 2048, 4)
 
 
+def one_row_ahead(how: OneRow, K: int) -> int:
+    """Elements of a weight row beyond the first block that are worth asking for early: a power of 2, 0 for none."""
+    most = min(how.block_k, K - how.block_k)
+    return 0 if most < 64 else 1 << (most.bit_length() - 1)
+
+
 def few_rows(M: int, N: int, K: int, gated: bool, multiprocessors: int) -> FewRows:
     """Weights as the wgmma operand of 64 rows; K split until nearly every multiprocessor has a program."""
     block_m, tiles = 32 if M <= 32 else 64, -(-N // 64)  # 16 rows are no faster than 32, but one more compilation
