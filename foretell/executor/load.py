@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def _load_on_gpu(
     kernels = get_kernels(options.kernels, device="cuda", batch_invariant=options.batch_invariant)
     kv_dtype, kept_as = kv_cache_dtype(options, dtype), options.quantization
     compiling = kernels.prepare(spec, dtype, options.block_size, device, kv_dtype=kv_dtype, quantization=kept_as)
+    gc.collect()
+    gc.freeze()  # modules stay: looking at them again took the collector 100 ms, many steps' time, every few seconds
     phases.done("kernels")
     if options.load_format == "dummy":
         model = load_dummy(

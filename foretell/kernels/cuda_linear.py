@@ -86,7 +86,7 @@ class CudaLinear:
         launch(
             triton_linear.one_row, (-(-N // how.block_n),),
             x, self.weight, self.bias, y, N, self.in_features, kind, self.bias is not None, how.block_n, how.block_k,
-            cuda_tuning.one_row_ahead(how, self.in_features), num_warps=how.num_warps, device=x.device,
+            num_warps=how.num_warps, device=x.device,
         )  # fmt: skip
 
     def _few_rows(self, x: Tensor, y: Tensor, kind: str) -> None:

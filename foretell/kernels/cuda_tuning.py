@@ -65,18 +65,14 @@ def one_row(N: int, K: int, gated: bool, multiprocessors: int) -> OneRow | None:
     if waste * 4 > K and N * K * (4 if gated else 2) > 48 << 20:
         return None
     if K < 2048:
-        block_k = power_of_two(K, 16) if waste * 4 <= K or not gated else 512
-        return OneRow(8 if gated else 4, block_k, 4)
+        if gated and waste * 4 > K:
+            return OneRow(16, 256, 4)
+        return OneRow(8 if gated else 4, power_of_two(K, 16), 4)
     if gated:
         return OneRow(2, 2048, 4)
-    few_and_long = 8 * multiprocessors >= N and K > 2048
-    return OneRow(1, 4096, 4) if few_and_long else OneRow(4, 2048, 4)
-
-
-def one_row_ahead(how: OneRow, K: int) -> int:
-    """Elements of a weight row beyond the first block that are worth asking for early: a power of 2, 0 for none."""
-    most = min(how.block_k, K - how.block_k)
-    return 0 if most < 64 else 1 << (most.bit_length() - 1)
+    if K > 2048 and N <= 16 * multiprocessors:  # few and long
+        return OneRow(1, 4096, 4) if N <= 8 * multiprocessors else OneRow(2, 2048, 8)
+    return OneRow(4, 2048, 4)
 
 
 def few_rows(M: int, N: int, K: int, gated: bool, multiprocessors: int) -> FewRows:
@@ -105,14 +101,15 @@ def invariant(N: int, gated: bool, itemsize: int) -> FewRows:
 def decode(pairs: int, D: int, multiprocessors: int, max_kv_len: int) -> Decode:
     """``pairs``: sequences times KV heads. A launch is for all lengths: programs without keys leave at once, and each
     has keys enough to be worth the merging of parts."""
-    if pairs > 2 * multiprocessors:  # two stages, so that several programs share a multiprocessor: lengths differ
-        return Decode(128, 1, 128, 2, 8, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
+    tile = 64 if D <= 128 else 32
+    if pairs > 2 * multiprocessors:  # several to a multiprocessor, as their lengths differ
+        return Decode(tile, 1, 64, 3, 4, 1)
     if pairs >= multiprocessors:
-        return Decode(128, 1, 128, 3, 8, 1) if D <= 128 else Decode(64, 1, 64, 3, 8, 1)
+        return Decode(tile, 1, 64, 3, 8, 1)
     splits = 1
-    while pairs * splits < 2 * multiprocessors and splits < 32 and splits * 128 < max_kv_len:
+    while pairs * splits < 2 * multiprocessors and splits < 32 and splits * 64 < max_kv_len:
         splits *= 2
-    return Decode(128, splits, 128, 2, 8, 1) if D <= 128 else Decode(128, splits, 128, 3, 4, 1)
+    return Decode(64, splits, 64, 2, 8, 1)
 
 
 def prefill(D: int, itemsize: int, shared_bytes: int) -> Prefill:

@@ -18,10 +18,9 @@ from foretell.kernels.triton_common import activated, let_next_start, prefetch, 
 def one_row(
     x_ptr, w_ptr, bias_ptr, y_ptr, N, K,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [N] = x [K] · w [N, K]ᵀ + bias; with KIND, w is [gate; up] of 2N rows and y = act(gate) · up. AHEAD: elements
-    of each row, beyond the first BLOCK_K, that are asked for before the inputs are there."""
+    """y [N] = x [K] · w [N, K]ᵀ + bias; with KIND, w is [gate; up] of 2N rows and y = act(gate) · up."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = n < N
@@ -31,12 +30,6 @@ def one_row(
     far = N.to(tl.int64) * K
     if KIND != "":
         gated = tl.load(rows + far + k, mask=inside[:, None] & (k < K), other=0.0, eviction_policy="evict_first")
-    if PDL and AHEAD > 0:
-        line = BLOCK_K + tl.arange(0, AHEAD // 64) * 64
-        held = w_ptr + tl.where(inside, n, 0).to(tl.int64)[:, None] * K
-        prefetch(held + line[None, :], PDL)
-        if KIND != "":
-            prefetch(held + far + line[None, :], PDL)
     wait_for_inputs(PDL)
     let_next_start(PDL)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
