@@ -70,8 +70,8 @@ def one_row(N: int, K: int, gated: bool, multiprocessors: int) -> OneRow | None:
         return OneRow(8 if gated else 4, power_of_two(K, 16), 4)
     if gated:
         return OneRow(2, 2048, 4)
-    if K > 2048 and N <= 16 * multiprocessors:  # few and long
-        return OneRow(1, 4096, 4) if N <= 8 * multiprocessors else OneRow(2, 2048, 8)
+    if K > 2048 and 16 * multiprocessors >= N:  # few and long
+        return OneRow(1, 4096, 4) if 8 * multiprocessors >= N else OneRow(2, 2048, 8)
     return OneRow(4, 2048, 4)
 
 
