@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 WORKSPACE_BYTES = 32 << 20
+ALIGNMENT = 256  # bytes, of each matrix: what the library's suggestions take for granted
 CANDIDATES = 8  # of the library's suggestions, best first by its own model
 PLANS = 512  # shapes remembered
 # numbers of the library's C interface
@@ -91,7 +92,7 @@ class ManyRows:
         self._one, self._zero = c_float(1.0), c_float(0.0)
 
     def __call__(self, x: Tensor, w: Tensor) -> Tensor:
-        """Both contiguous."""
+        """Both contiguous, aligned, of numbers of columns that are multiples of 8."""
         (M, K), N = x.shape, w.shape[0]
         y = torch.empty(M, N, dtype=x.dtype, device=x.device)
         plan = self._plans.get((M, N, K)) or self._planned(M, N, K)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foretell.kernels import cuda_tuning, triton_linear
-from foretell.kernels.cublaslt import ManyRows
+from foretell.kernels.cublaslt import ALIGNMENT, ManyRows
 from foretell.kernels.triton_common import Scratch, launch, num_multiprocessors, shared_bytes
 
 FEW_ROWS = 64  # up to here a product is bound by reading the weights
@@ -37,7 +37,7 @@ class CudaLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if not self.takes(x):
             if (many := self._many_rows(x)) is not None:
-                return many(x.contiguous(), self.weight)
+                return many(x, self.weight)
             bias = None if self.bias is None else self.bias.to(self.weight.dtype)
             return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
         return self.launch(x, "")
@@ -52,9 +52,17 @@ class CudaLinear:
             out.copy_(self(x))
 
     def _many_rows(self, x: Tensor) -> ManyRows | None:
-        """What takes this product, if it is a large one."""
-        plain = self.bias is None and x.dtype is self.weight.dtype is torch.bfloat16
-        return self.scratch.many_rows(x.device) if plain and len(x) >= MANY_ROWS else None
+        """What takes this product, if it is a large one and lies in memory as it wants it."""
+        if len(x) < MANY_ROWS or self.bias is not None or x.dtype is not torch.bfloat16:
+            return None
+        even = (
+            self.weight.dtype is x.dtype
+            and self.in_features % 8 == 0
+            and self.out_features % 8 == 0
+            and x.is_contiguous()
+        )
+        aligned = (x.data_ptr() | self.weight.data_ptr()) % ALIGNMENT == 0
+        return self.scratch.many_rows(x.device) if even and aligned else None
 
     def takes(self, x: Tensor) -> bool:
         """Whether our kernels are for this input."""

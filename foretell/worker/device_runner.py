@@ -93,7 +93,6 @@ class DeviceRunner:
         self.slots: dict[int, int] = {}
         self.free_slots = list(range(config.max_num_seqs))[::-1]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._stream_set = False
         self._step = 0
 
     def release(self) -> None:
@@ -152,9 +151,8 @@ class DeviceRunner:
     def submit(self, batch: Batch) -> Step:
         """Enqueue the batch. What was known of requests and blocks is brought up to date even if this fails."""
         started = time.perf_counter()
-        if self.stream is not None and not self._stream_set:  # a setting of the calling thread
+        if self.stream is not None:  # a setting of the calling thread, which others may have changed since
             torch.cuda.set_stream(self.stream)
-            self._stream_set = True
         self._step += 1
         ring = self._step % IN_FLIGHT
         self._admit(batch)

@@ -84,6 +84,20 @@ def test_a_product_written_where_it_is_told(kernels, device, dtype):
             assert bool((wide[rows:] == 7).all())
 
 
+@pytest.mark.parametrize("rows", [1024, 1025, 1537, 5000, 8192])
+@pytest.mark.parametrize(("N", "K"), [(96, 64), (1536, 1152), (4096, 1024), (1032, 2056), (1001, 72)])
+def test_many_rows(kernels, device, rows, N, K):
+    """The library's products, whatever of its kernels is chosen for the shape."""
+    if INTERPRETED:
+        pytest.skip("a GPU's library")
+    x = torch.randn(rows, K, device=device).bfloat16()
+    w = (torch.randn(N, K, device=device) / K**0.5).bfloat16()
+    exact = x.double() @ w.double().T
+    linear = kernels.pack_linear(w, None)
+    near(linear(x), exact)
+    near(linear(torch.cat((x, x), dim=1)[:, K:]), exact)  # rows of a wider tensor
+
+
 def test_split_sums_are_the_same_bits_every_time(kernels, device):
     w = torch.randn(256, 2048, device=device).bfloat16()
     linear = kernels.pack_linear(w, None)
