@@ -55,14 +55,9 @@ class CudaLinear:
         """What takes this product, if it is a large one and lies in memory as it wants it."""
         if len(x) < MANY_ROWS or self.bias is not None or x.dtype is not torch.bfloat16:
             return None
-        even = (
-            self.weight.dtype is x.dtype
-            and self.in_features % 8 == 0
-            and self.out_features % 8 == 0
-            and x.is_contiguous()
-        )
-        aligned = (x.data_ptr() | self.weight.data_ptr()) % ALIGNMENT == 0
-        return self.scratch.many_rows(x.device) if even and aligned else None
+        even = self.in_features % 8 == 0 and self.out_features % 8 == 0
+        aligned = x.is_contiguous() and (x.data_ptr() | self.weight.data_ptr()) % ALIGNMENT == 0
+        return self.scratch.many_rows(x.device) if even and aligned and self.weight.dtype is x.dtype else None
 
     def takes(self, x: Tensor) -> bool:
         """Whether our kernels are for this input."""
