@@ -32,7 +32,8 @@ def machine_name(device: str = "cpu", num_threads: int = 0) -> str:
     except OSError:
         names = []
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {num_threads or len(names) or 1} threads"
+    count = num_threads or len(names) or 1
+    return f"{name}, {count} thread{'' if count == 1 else 's'}"
 
 
 def device_key(device: str) -> str:
