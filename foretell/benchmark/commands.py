@@ -70,7 +70,8 @@ def run_online(
 ) -> None:
     asked.check()
     asked, arrivals = with_rate(asked, arrivals)
-    policies: tuple[PolicyName, ...] = POLICIES if compare_policies else (asked.options["policy"],)
+    own = asked.options["policy"]
+    policies: tuple[PolicyName, ...] = POLICIES if compare_policies else ("mixed" if own == "auto" else own,)
     if virtual:
         if asked.repeat > 1 or asked.options["tp"] * asked.options["pp"] > 1:
             raise ConfigError("--virtual is one process, and the same every time: leave --repeat, --tp and --pp out")

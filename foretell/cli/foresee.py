@@ -127,7 +127,7 @@ def simulate(
     subject = predict.simulated(EngineOptions(model=model, **asked.engine_options()), profile)
     built = arrivals.apply(asked.traffic.build(subject.profile.spec.vocab_size, None), asked.traffic.seed)
     subject.check(built)
-    policies: tuple[PolicyName, ...] = get_args(PolicyName) if compare_policies else (capacity.policy,)
+    policies: tuple[PolicyName, ...] = get_args(PolicyName) if compare_policies else (subject.config.policy,)
     result = predict.run(
         subject, built, policies=policies, objectives=objectives, say=print, timeline=timeline, plot=plot
     )

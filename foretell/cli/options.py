@@ -13,7 +13,6 @@ import typer
 
 from foretell.cli.session import sampling
 from foretell.cli.units import parse_bytes
-from foretell.config import PolicyName
 
 if TYPE_CHECKING:
     from foretell.core.params import SamplingParams
@@ -81,7 +80,11 @@ MaxBatchedTokens = Annotated[
     int | None,
     typer.Option("--max-num-batched-tokens", min=1, help="Most tokens in one step.", rich_help_panel=_ENGINE),
 ]
-Policy = Annotated[PolicyName, typer.Option(help="Who goes first in a step.", rich_help_panel=_ENGINE)]
+PolicyChoice = Literal["auto", "prefill-first", "decode-first", "mixed"]
+Policy = Annotated[
+    PolicyChoice,
+    typer.Option(help="Who goes first in a step; auto: mixed, prompts on a GPU run.", rich_help_panel=_ENGINE),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads; all if not given.", rich_help_panel=_ENGINE)
 ]
@@ -157,7 +160,7 @@ class Capacity(EngineGroup):
     kv_cache_bytes: KVCacheBytes = None
     max_num_seqs: MaxNumSeqs = None
     max_num_batched_tokens: MaxBatchedTokens = None
-    policy: Policy = "mixed"
+    policy: Policy = "auto"
 
 
 @dataclass(frozen=True)
