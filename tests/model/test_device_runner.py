@@ -64,7 +64,7 @@ def make_engine(config: SchedulerConfig, num_blocks: int, events: list[Any], *, 
     return Engine(config, Recorder(runner, (num_blocks,)), on_event=events.append)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     budget=st.sampled_from([1, 3, 16, 64, 512]),
     block_size=st.sampled_from([1, 4, 16, 32]),

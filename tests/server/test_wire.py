@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import msgspec
@@ -68,11 +68,12 @@ def test_every_sampling_parameter_crosses() -> None:
         n=2, temperature=0.5, top_k=5, top_p=0.5, min_p=0.1, presence_penalty=1.0, frequency_penalty=-1.0,
         repetition_penalty=1.5, logit_bias={1: 2.0}, allowed_token_ids=[1], bad_words=["x"], bad_token_ids=[[1]],
         seed=-(2**63), stop=["s"], stop_token_ids=[2], include_stop_str_in_output=True, ignore_eos=True, min_tokens=1,
-        max_tokens=3, logprobs=1, prompt_logprobs=0, skip_special_tokens=False, detokenize=False, eos_token_ids=[9],
+        max_tokens=3, logprobs=1, prompt_logprobs=0, skip_special_tokens=False, eos_token_ids=[9],
     )  # fmt: skip
-    (came,) = wire.FrameReader(wire.to_engine).feed(wire.encode(wire.Add(0, [1], params, 0, 0.0)))
-    for field in fields(SamplingParams):
-        assert repr_of(getattr(came.params, field.name)) == repr_of(getattr(params, field.name)), field.name
+    for sent in (params, replace(params, stop=[], detokenize=False)):  # stops are found in text
+        (came,) = wire.FrameReader(wire.to_engine).feed(wire.encode(wire.Add(0, [1], sent, 0, 0.0)))
+        for field in fields(SamplingParams):
+            assert repr_of(getattr(came.params, field.name)) == repr_of(getattr(sent, field.name)), field.name
 
 
 def test_a_frame_that_is_too_long_is_refused_on_both_sides() -> None:
