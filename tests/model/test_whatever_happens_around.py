@@ -92,7 +92,7 @@ def run(engine: Engine, arrivals: dict[int, list[int]] | None = None, preempt: f
     return outputs
 
 
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     budget=st.sampled_from([1, 3, 16, 64, 512]),
     block_size=st.sampled_from([1, 4, 16, 32]),
