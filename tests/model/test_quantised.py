@@ -41,7 +41,7 @@ def loaded(name: str, dtype: torch.dtype, keep: bool, backend: str = "cpu") -> T
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [MODELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS[1:])])
 def test_logits_are_those_of_the_float32_weights(name: str) -> None:
     packed, wide = loaded(name, torch.bfloat16, True), loaded(name, torch.float32, False)
     prompt = list(models.info(name).prompt) * 3

@@ -100,6 +100,7 @@ async def campaign(strikes: int, *, tp: int, pp: int, seed: int) -> list[dict[st
     return found
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_under_load() -> None:
     async def scenario() -> None:
         (found,) = await campaign(1, tp=2, pp=1, seed=1)
