@@ -47,7 +47,7 @@ def check_soak(seconds: float) -> float:
 
 
 def test_mixed_load_loses_nothing_and_leaks_nothing() -> None:
-    check_soak(5)
+    check_soak(3)
 
 
 @pytest.mark.slow

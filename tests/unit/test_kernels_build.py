@@ -65,8 +65,8 @@ def test_an_unwritable_home(monkeypatch, home):
     assert "failed" in reason()
 
 
-def test_the_cache_is_private_and_used_again(home, monkeypatch):
-    monkeypatch.setenv("FORETELL_CXXFLAGS", "-O1")  # it need not be fast
+@pytest.mark.slow  # it compiles everything once more
+def test_the_cache_is_private_and_used_again(home):
     try:
         get_kernels("cpu")
     except ConfigError as error:
