@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 import foretell
@@ -16,7 +18,7 @@ from foretell.errors import ForetellError
 from foretell.server.config import ServerConfig
 from foretell.server.context import Server, request_id_of
 from foretell.server.errors import ApiError, ClientGoneError, error_body, told
-from foretell.server.guard import Guard
+from foretell.server.guard import App, Guard, Receive, Scope, Send
 from foretell.server.metered import MeteredEngine
 from foretell.server.metrics import Metrics
 from foretell.server.openapi import document
@@ -64,12 +66,42 @@ def create_app(
     for kind in (ApiError, ForetellError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(ClientGoneError, _nobody)
+    app.add_middleware(Direct, routers=ROUTERS)
     app.add_middleware(Guard, config=config, on_answer=metrics.answered)
     if observers:
         app.add_middleware(Storyteller, observers=observers, model=app.state.server.model_names[0])
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     app.add_route("/openapi.json", _document, include_in_schema=False)
     return app
+
+
+class Direct:
+    """Calls functions that take a posted request and nothing else, and leaves other routes to the framework. Its way
+    to a function (matching, looking for dependencies) is 70 of the 190 µs that a small request takes here."""
+
+    def __init__(self, app: App, routers: Sequence[APIRouter]) -> None:
+        self.app = app
+        routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+        self.endpoints: dict[str, Callable[[Request], Awaitable[Response]]] = {
+            route.path: route.endpoint
+            for route in routes
+            if route.methods == {"POST"} and list(signature(route.endpoint).parameters) == ["request"]
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        posted = scope["type"] == "http" and scope["method"] == "POST"
+        endpoint = self.endpoints.get(scope["path"]) if posted else None
+        if endpoint is None:
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope, receive, send)
+        try:
+            response = await endpoint(request)
+        except (ApiError, ForetellError) as error:
+            response = await _answer(request, error)
+        except ClientGoneError as error:
+            response = await _nobody(request, error)
+        await response(scope, receive, send)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from foretell.assembly import EngineOptions
-from foretell.core.checks import check_priority, check_prompt_len
+from foretell.core.checks import check_prompt_len
 from foretell.core.messages import Output
 from foretell.core.params import SamplingParams
 from foretell.cost.operations import kv_bytes
 from foretell.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
 from foretell.prompts import Prompt, PromptPreparer
 from foretell.server import wire
+from foretell.server.engine_port import EnginePort, wire_options
 from foretell.server.mailbox import Mailbox
 from foretell.server.supervisor import ENGINE_COMMAND, Listener, Supervisor, Watch
 from foretell.server.text_engine import EngineAbout
@@ -60,11 +59,12 @@ class EngineClient:
         self.tokenizer: Tokenizer | None = None
         self._listener = Listener(self._on_message, self._on_down)
         self.supervisor = Supervisor(wire_options(options), self._listener, watch=watch, command=command)
-        self._tracking = Tracking(_Port(self.supervisor), None)
+        self._tracking = Tracking(EnginePort(self.supervisor), None)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="foretell-tokenizer")
         self._ids = itertools.count()
         self._unfinished = 0
         self._ended: deque[float] = deque(maxlen=64)  # when the last outputs ended: how fast places come free
+        self._rest: tuple[list[int], list[int], float] | None = None  # of the last step, not taken yet
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._figures: dict[str, Any] = {}
         self._of_the_dead: dict[str, Any] = dict.fromkeys(COUNTERS, 0) | {"preemptions": {}}
@@ -187,8 +187,10 @@ class EngineClient:
     def _on_message(self, message: wire.FromEngine) -> None:
         match message:
             case wire.Step(now, request_ids, token_ids, news):
-                outputs = [Output(i, t) for i, t in zip(request_ids, token_ids, strict=True)]
-                self._tracking.take(news + outputs, now)  # first tokens first
+                self._take_rest()
+                self._tracking.take(news, now)  # first tokens are among them
+                self._rest = (request_ids, token_ids, now)
+                asyncio.get_running_loop().call_soon(self._take_rest)  # once who waits for its first has been woken
             case wire.Stats(figures):
                 self._figures = figures
             case wire.Refused(first_id, text):
@@ -198,7 +200,15 @@ class EngineClient:
                 if call is not None and not call.done():
                     call.set_result(value) if error is None else call.set_exception(InvalidRequestError(error))
 
+    def _take_rest(self) -> None:
+        """The tokens of a step that are no news."""
+        if self._rest is None:
+            return
+        (request_ids, token_ids, now), self._rest = self._rest, None
+        self._tracking.take([Output(i, t) for i, t in zip(request_ids, token_ids, strict=True)], now)
+
     def _on_down(self, reason: str) -> None:
+        self._take_rest()
         dead, last = self._of_the_dead, self._figures
         for name in COUNTERS:
             dead[name] += last.get(name, 0)
@@ -258,36 +268,6 @@ class EngineClient:
     @property
     def is_healthy(self) -> bool:
         return self.supervisor.silent_seconds < self.supervisor.watch.stall_seconds
-
-
-class _Port:
-    """The engine, for the tracking: by messages."""
-
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
-
-    def add(
-        self, first_id: int, prompt_token_ids: list[int], params: SamplingParams, *, priority: int, arrival: float
-    ) -> None:
-        check_priority(priority)
-        try:
-            frame = wire.encode(wire.Add(first_id, prompt_token_ids, params, priority, arrival))
-            wire.check_frame(frame, wire.to_engine)  # what the engine could not read would end it
-        except wire.WireError as error:
-            raise InvalidRequestError(f"the request cannot be passed on: {error}") from None
-        self._supervisor.send_frame(frame)
-
-    def finish(self, request_ids: Sequence[int], reason: str) -> None:
-        try:
-            self._supervisor.send(wire.Finish(list(request_ids), reason))
-        except UnavailableError:
-            return  # the engine is gone, and the requests with it
-
-
-def wire_options(options: EngineOptions) -> dict[str, Any]:
-    """The fields of ``options`` as msgpack can say them."""
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
 
 
 def _sums(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:

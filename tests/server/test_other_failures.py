@@ -44,10 +44,13 @@ class Breaking:
             raise self.error
         async with aclosing(self.engine.stream(*args, **options)) as updates:  # type: ignore[type-var]
             async for update in updates:
+                if update.finish_reason is not None:
+                    break  # a reader as slow as that got several tokens in one
                 yield update
                 left -= 1
                 if not left:
-                    raise self.error
+                    break
+        raise self.error
 
 
 def ask(engine: Any, path: str, **more: Any) -> Any:

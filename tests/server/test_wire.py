@@ -21,7 +21,7 @@ from foretell.core.counters import Progress
 from foretell.core.messages import Output, TokenLogprobs
 from foretell.core.params import SamplingParams
 from foretell.server import wire
-from foretell.server.engine_client import wire_options
+from foretell.server.engine_port import wire_options
 from tests.server.instant import SCRIPT, collect, expected_text, instant_engine, run, text_of, until
 
 LOGPROBS = TokenLogprobs(5, -0.25, 1, ((5, -0.25), (7, -math.inf)))
