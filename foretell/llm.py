@@ -13,7 +13,7 @@ from foretell.core.params import Pooling, SamplingParams
 from foretell.cost.operations import kv_bytes
 from foretell.errors import ForetellError, InvalidRequestError
 from foretell.output import RequestOutput
-from foretell.prompts import Prompt, PromptPreparer, as_prompt_list
+from foretell.prompts import Prompt, PromptPreparer, as_prompt_list, with_plain_content
 from foretell.service import EngineService, Tracker, Update
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ class LLM:
         """A conversation as token ids, ready for the assistant's turn."""
         if self.tokenizer is None:
             raise InvalidRequestError("this model has no tokenizer: chat needs text, use generate with token ids")
-        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tools=tools)
+        plain = [with_plain_content(message) for message in messages]
+        text = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, tools=tools)
         return self.preparer.token_ids(text, add_special_tokens=False)
 
     def embed(

@@ -122,3 +122,17 @@ def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if items and all(_is_index(item) for item in items):
         return [items]
     return items
+
+
+def with_plain_content(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message, its content as text where it came in OpenAI's parts. InvalidRequestError where one is no text."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, (list, tuple)):
+        return message
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise InvalidRequestError("this model reads text only: every content part is {'type': 'text', 'text': …}")
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}

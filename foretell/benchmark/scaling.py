@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.benchmark import offline
 from foretell.benchmark.tables import number, table
+from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError
 from foretell.parallel.layout import Layout, make_layout
 from foretell.parallel.volume import volume
@@ -60,6 +61,9 @@ def run(
     output_len = offline.common_output_len(workload, 1 << 30)
     for line in theory_lines(spec, list(rows.values()), workload):
         say(line)
+    most, cpus = max(row.layout.num_ranks for row in rows.values()), usable_cpus()
+    if most > cpus:
+        say(f"note: {most} processes share {cpus} CPUs here, so no speed-up is to be expected from as many")
     for number_ in range(rounds):
         order = list(rows) if number_ % 2 == 0 else list(rows)[::-1]
         for each in order:

@@ -36,6 +36,7 @@ def serve(
       curl http://127.0.0.1:8000/v1/models
     """
     so.check_seconds(reach, limits, health)
+    watch = health.watch()
     from foretell.assembly import EngineOptions
     from foretell.server.config import ServerConfig
     from foretell.store import resolve
@@ -65,7 +66,7 @@ def serve(
             config,
             drain_seconds=reach.drain_seconds,
             replicas=replicas,
-            watch=health.watch(),
+            watch=watch,
             observers=(logs.AccessLog(),) if tracer is None else (logs.AccessLog(), tracer),
             on_phase=report.phase,
             on_ready=report.ready,

@@ -125,9 +125,15 @@ class Health:
     ] = 300.0
 
     def watch(self) -> Watch:
+        """ConfigError where an engine would be restarted before its health turns red."""
         from foretell.server.supervisor import Watch
 
-        return Watch(stall_seconds=self.stall_seconds, hang_seconds=max(self.stall_seconds, self.hang_seconds))
+        if self.hang_seconds < self.stall_seconds:
+            raise ConfigError(
+                f"--hang-seconds {self.hang_seconds:g} is less than --stall-seconds {self.stall_seconds:g}: "
+                "raise the one or lower the other"
+            )
+        return Watch(stall_seconds=self.stall_seconds, hang_seconds=self.hang_seconds)
 
 
 Plan = Annotated[

@@ -154,6 +154,7 @@ def test_the_servers_options_are_its_configuration() -> None:
         (["inspect", "no-such-model"], "no known model"),
         (["calibrate", "no-such-model", "--profile", "/no/such/folder/x"], "cannot be written"),
         (["serve", "--timeout-seconds", "inf"], "finite"),
+        (["serve", "--hang-seconds", "5"], "less than --stall-seconds 30"),
         (["serve", "--api-key-file", "/no/such/file"], "No such file"),
         (["serve", "--api-key", ""], "API key"),  # as in --api-key "$UNSET", which must not open the server
     ],

@@ -10,7 +10,7 @@ import torch
 
 from foretell.core.params import SamplingParams
 from foretell.errors import InvalidRequestError
-from foretell.prompts import PromptPreparer, as_prompt_list
+from foretell.prompts import PromptPreparer, as_prompt_list, with_plain_content
 
 
 def prepared(prompts: Any) -> list[list[int]]:
@@ -57,3 +57,13 @@ def test_parameters_that_are_none_are_refused() -> None:
     with pytest.raises(InvalidRequestError, match="SamplingParams, got dict"):
         preparer.params({"temperature": 0})
     assert preparer.params(SamplingParams(seed=1)).eos_token_ids == (2,)
+
+
+def test_content_in_parts_is_text_or_refused() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert with_plain_content({"role": "user", "content": parts}) == {"role": "user", "content": "a\nb"}
+    for plain in ({"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": []}):
+        assert with_plain_content(plain) is plain
+    for part in ({"type": "image_url", "image_url": {"url": "http://x"}}, "a", {"type": "text"}):
+        with pytest.raises(InvalidRequestError, match="reads text only"):
+            with_plain_content({"role": "user", "content": [part]})
