@@ -44,6 +44,11 @@ def open_profile(
     device was measured, or of layers too unlike; "analytic:h200": the data sheet in any case.
     """
     if name is None:
+        if not own_path(model).exists():
+            raise ConfigError(
+                f"{model} was never measured on this machine: run foretell calibrate with it (some minutes), or take "
+                f"another machine's figures with --profile {'|'.join(sorted(shipped()))}"
+            )
         return _from_file(own_path(model), spec, model)
     text = str(name)
     analytic = text.startswith(ANALYTIC)
