@@ -41,6 +41,7 @@ class Engine:
         executor: Executor,
         windows: Iterable[int | None] = (None,),
         *,
+        scheduler: type[Scheduler] = Scheduler,
         on_event: Callable[[Event], None] | None = None,
         on_step: Callable[[Event], None] | None = None,
     ) -> None:
@@ -48,7 +49,7 @@ class Engine:
         # no sequence outgrows max_model_len: a wider window asks for no more blocks than that
         reach = tuple(w if w is None else min(w, config.max_model_len) for w in windows)
         blocks = BlockManager(executor.num_blocks, reach, config.block_size, caching=config.enable_prefix_caching)
-        self.scheduler = Scheduler(config, blocks, depth=executor.depth, chain=executor.chain)
+        self.scheduler = scheduler(config, blocks, depth=executor.depth, chain=executor.chain)
         self._ahead = executor if isinstance(executor, RunsAhead) else None
         self._in_flight: dict[int, Turn] = {}
         self._on_event = on_event

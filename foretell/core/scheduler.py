@@ -3,13 +3,15 @@ policy and every executor. It sees no clock: ages are counted in turns, so a rep
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 from foretell.config import SchedulerConfig
 from foretell.core.accept import accept
 from foretell.core.admission import Admission
 from foretell.core.blocks import BlockManager
 from foretell.core.checks import check_priority, check_prompt_len
 from foretell.core.counters import Counters
-from foretell.core.messages import Added, Batch, Chunk, Output, Result, Turn
+from foretell.core.messages import Added, Batch, Chunk, ChunkResult, Output, Result, Turn
 from foretell.core.plan import Plan
 from foretell.core.policy import get_policy
 from foretell.core.request import Request, State
@@ -154,7 +156,9 @@ class Scheduler:
     def _submit(self, plan: Plan) -> Turn | None:
         if not plan.chunks:
             return None
-        batch = Batch(self._next_batch_id, plan.chunks, plan.added, self._removed)
+        return self._submitted(Batch(self._next_batch_id, plan.chunks, plan.added, self._removed))
+
+    def _submitted(self, batch: Batch) -> Turn:
         turn = Turn(self.turn, batch, self._preempted)
         self._removed, self._preempted = [], []
         self._next_batch_id += 1
@@ -179,11 +183,14 @@ class Scheduler:
         return self.config.max_num_seqs
 
     def _ranked_running(self) -> list[tuple[int, tuple[int, int], Request]]:
+        return self._ranked(self.running)
+
+    def _ranked(self, requests: Iterable[Request]) -> list[tuple[int, tuple[int, int], Request]]:
         """Running requests with something to compute; those passed over too long rank first."""
         overdue = self.turn - self.config.starvation_turns
         prefill_rank, decode_rank = self.policy.prefill_rank, self.policy.decode_rank
         ranked = []
-        for request in self.running:
+        for request in requests:
             pending, planned, key = request.pending, request.planned, request.key
             total = len(request.tokens) + pending
             if pending > request.chain or planned >= total or (pending and total >= request.max_total_tokens):
@@ -302,10 +309,12 @@ class Scheduler:
     def update(self, result: Result) -> list[Output]:
         """Take in a finished batch: accept tokens, publish prefix hashes, end what has ended."""
         batch = self._batches.pop(result.batch_id)
-        by_request = {r.request_id: r for r in result.results}
+        return self._take_in(batch.chunks, {r.request_id: r for r in result.results})
+
+    def _take_in(self, chunks: Sequence[Chunk], by_request: Mapping[int, ChunkResult]) -> list[Output]:
         outputs: list[Output] = []
         block_size = self.config.block_size if self.blocks.caching else 1 << 62  # what is not cached is never full
-        for chunk in batch.chunks:
+        for chunk in chunks:
             request = self.requests[chunk.request_id]
             request.in_flight -= 1
             request.pending -= chunk.sample

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from foretell.config import ModelSpec
-from foretell.core.messages import Batch
+from foretell.core.messages import Batch, Chunk
 from foretell.cost.grid import Curve
 from foretell.cost.links import Link
 from foretell.cost.operations import MATRICES
@@ -124,9 +124,18 @@ class StageCost:
         return sum(self.seconds_of.values())
 
     def __call__(self, batch: Batch) -> float:
-        tokens, sampled = sum([chunk.length for chunk in batch.chunks]), sum([chunk.sample for chunk in batch.chunks])
-        seconds = (self.step(batch) + self.talk_seconds(tokens, sampled)) * self.factor
-        kind = (tokens, sampled, len(batch.chunks), tokens == len(batch.chunks))
+        return self._accounted(self.step(batch), batch.chunks)
+
+    def with_decodes(self, chunks: Sequence[Chunk], decodes: int, kv_tokens: int) -> float:
+        """The same with one more token for each of so many sequences, with so many keys together."""
+        return self._accounted(self.step.with_decodes(chunks, decodes, kv_tokens), chunks, decodes)
+
+    def _accounted(self, step_seconds: float, chunks: Sequence[Chunk], decodes: int = 0) -> float:
+        tokens = sum([chunk.length for chunk in chunks]) + decodes
+        sampled = sum([chunk.sample for chunk in chunks]) + decodes
+        sequences = len(chunks) + decodes
+        seconds = (step_seconds + self.talk_seconds(tokens, sampled)) * self.factor
+        kind = (tokens, sampled, sequences, tokens == sequences)
         self.seen[kind] += 1
         self.seconds_of[kind] += seconds
         return seconds

@@ -96,7 +96,13 @@ class StepCost:
         self.steps = self.beyond = 0
 
     def __call__(self, batch: Batch) -> float:
-        work = self._work(batch.chunks)
+        return self._seconds(self._work(batch.chunks))
+
+    def with_decodes(self, chunks: Sequence[Chunk], decodes: int, kv_tokens: int) -> float:
+        """Seconds of these chunks and of one token for each of so many others, with so many keys together."""
+        return self._seconds(self._work(chunks, _Work(decodes, decodes, decodes), float(kv_tokens)))
+
+    def _seconds(self, work: _Work) -> float:
         self._count(work.excess, work.tokens)
         linear, head, host = self._fixed(work)
         return self._sum(work, linear + head + work.decode_attention + work.prefill_attention, host)
@@ -154,12 +160,12 @@ class StepCost:
         mean = keys / count
         return _Work(count, count, sampled, keys * rate(count, mean), 0.0, max(excess, rate.excess(count, mean)))
 
-    def _work(self, chunks: Iterable[Span]) -> _Work:
-        if isinstance(chunks, list) and (decodes := self._decodes(chunks)) is not None:
+    def _work(self, chunks: Iterable[Span], beside: _Work | None = None, keys: float = 0.0) -> _Work:
+        """``beside``: decodes of the same step that are known by their number and their keys alone."""
+        if beside is None and isinstance(chunks, list) and (decodes := self._decodes(chunks)) is not None:
             return decodes
-        profile, work = self.profile, _Work()
-        prefill = profile.prefill_rate
-        keys, count = 0.0, 0
+        profile, work = self.profile, beside or _Work()
+        prefill, count = profile.prefill_rate, work.sequences
         for chunk in chunks:
             work.sequences += 1
             work.tokens += chunk.length

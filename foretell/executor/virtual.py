@@ -24,8 +24,13 @@ class LinearCost:
     seconds_per_kv_token: float = 2e-8
 
     def __call__(self, batch: Batch) -> float:
-        kv_tokens = sum(chunk.start + chunk.length for chunk in batch.chunks)
-        return self.step_seconds + self.seconds_per_token * batch.num_tokens + self.seconds_per_kv_token * kv_tokens
+        return self.with_decodes(batch.chunks, 0, 0)
+
+    def with_decodes(self, chunks: Sequence[Chunk], decodes: int, kv_tokens: int) -> float:
+        """The same of these chunks and of one token for each of so many others, with so many keys together."""
+        tokens = sum(chunk.length for chunk in chunks) + decodes
+        kv_tokens += sum(chunk.start + chunk.length for chunk in chunks)
+        return self.step_seconds + self.seconds_per_token * tokens + self.seconds_per_kv_token * kv_tokens
 
     def decode_seconds(self, positions: Sequence[int]) -> Iterator[float]:
         """Of consecutive steps of one token for each sequence, the first one at these positions."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from foretell.config import SchedulerConfig
 from foretell.cost.ranks import StageCost
+from foretell.executor.lockstep import LockstepExecutor
 from foretell.executor.staged import StagedExecutor
 from foretell.executor.virtual import VirtualExecutor
 from foretell.plan.fleet import Extent, FleetRun, serve
@@ -70,9 +71,11 @@ def _executor(
     """With the batches in flight that the engine would have."""
     if candidate.pp > 1:
         return StagedExecutor(stages, num_blocks)
+    lockstep = all(window is None for window in problem.windows)
+    make = LockstepExecutor if lockstep else VirtualExecutor
     if problem.machine.is_cpu or candidate.tp > 1:  # ranks are driven step by step
-        return VirtualExecutor(stages[0], num_blocks)
-    return VirtualExecutor(stages[0], num_blocks, depth=2, chain=1)
+        return make(stages[0], num_blocks)
+    return make(stages[0], num_blocks, depth=2, chain=1)
 
 
 def _outcome(run: FleetRun, fleets: Sequence[Sequence[StageCost]], goal: Goal) -> Outcome:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from foretell.config import SchedulerConfig
 from foretell.core.blocks import extend_hashes
 from foretell.core.engine import Engine
+from foretell.core.fast_forward import FastEngine
 from foretell.core.params import SamplingParams
 from foretell.core.request import Request
+from foretell.executor.lockstep import LockstepExecutor
 from foretell.executor.virtual import VirtualExecutor
 from foretell.routing import Beginnings, pieces_of, preference
 from foretell.trace.metrics import RequestTimes
@@ -62,9 +64,8 @@ def _params(workload: Workload) -> list[SamplingParams]:
 class _Fate:
     """One request's tokens."""
 
-    first: float = 0.0
+    first: float | None = None
     last: float = 0.0
-    count: int = 0
 
 
 @dataclass(slots=True)
@@ -82,25 +83,31 @@ class Replica:
         """To this time, or to the end of all it has."""
         engine, executor, fates = self.engine, self.executor, self.fates
         while engine.has_work and (until is None or executor.now < until):
-            stretch = engine.run_ahead(until)
-            if stretch is not None:
-                steps, last = len(stretch.finished), stretch.finished[-1]
-                for request_id in stretch.request_ids:
-                    fate = fates[request_id]
-                    fate.count += steps
-                    fate.last = last
+            if self._run_ahead(until):
                 continue
             for output in engine.step(until):
                 if output.token_id is not None:
                     fate = fates[output.request_id]
                     fate.last = executor.now
-                    fate.count += 1
-                    if fate.count == 1:
+                    if fate.first is None:
                         fate.first = fate.last
                         if first_token is not None:
                             first_token(output.request_id)
                 if output.finish_reason is not None:
                     self.unfinished -= 1
+
+    def _run_ahead(self, until: float | None) -> bool:
+        """Take many steps at once, if they are of that kind."""
+        if isinstance(self.engine, FastEngine):
+            ended = self.engine.fast_forward(until)
+            for request_id, at in ended or ():
+                self.fates[request_id].last = at
+                self.unfinished -= 1
+            return ended is not None
+        stretch = self.engine.run_ahead(until)
+        for request_id in stretch.request_ids if stretch else ():
+            self.fates[request_id].last = stretch.finished[-1] if stretch else 0.0
+        return stretch is not None
 
     def add(self, index: int, tokens: list[int], params: SamplingParams, arrival: float, hashes: list[bytes]) -> None:
         if not self.engine.has_work:
@@ -140,7 +147,7 @@ def serve(
     executors: Iterable[VirtualExecutor],
 ) -> FleetRun:
     """The workload through one engine for each of the executors."""
-    replicas = [Replica(Engine(config, executor, windows), executor) for executor in executors]
+    replicas = [Replica(_engine(config, executor, windows), executor) for executor in executors]
     hashes = prompts.hashes(config.block_size) if config.enable_prefix_caching else [[]] * len(prompts.tokens)
     routed = len(replicas) > 1
     pieces = prompts.pieces() if routed else []
@@ -167,6 +174,12 @@ def serve(
     )
 
 
+def _engine(config: SchedulerConfig, executor: VirtualExecutor, windows: Sequence[int | None]) -> Engine:
+    if isinstance(executor, LockstepExecutor):
+        return FastEngine(config, executor, windows)
+    return Engine(config, executor, windows)
+
+
 def _best(replicas: Sequence[Replica], pieces: Sequence[bytes], turn: int) -> int:
     unfinished = [replica.unfinished for replica in replicas]
     return preference(unfinished, lambda i: replicas[i].beginnings.matching(pieces), turn)[0]
@@ -177,11 +190,11 @@ def _times(replica: Replica, index: int) -> RequestTimes:
     return RequestTimes(
         request.arrival,
         request.prompt_len,
-        (fate.first, fate.last),
+        (fate.first or 0.0, fate.last),
         first_scheduled=request.first_scheduled,
         cached_tokens=request.cached_tokens,
         preemptions=request.preemptions,
-        counted_tokens=fate.count,
+        counted_tokens=request.num_outputs,
     )
 
 
