@@ -40,8 +40,15 @@ class FastEngine(Engine):
 
     scheduler: LockstepScheduler
 
-    def __init__(self, config: SchedulerConfig, clock: Clock, windows: Iterable[int | None] = (None,)) -> None:
-        super().__init__(config, clock, windows, scheduler=LockstepScheduler)
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        clock: Clock,
+        windows: Iterable[int | None] = (None,),
+        *,
+        scheduler: type[LockstepScheduler] = LockstepScheduler,
+    ) -> None:
+        super().__init__(config, clock, windows, scheduler=scheduler)
         self.clock = clock
         self.scheduler.voice = clock
 
@@ -57,18 +64,17 @@ class FastEngine(Engine):
             if part is None or flying.batch.chunks:
                 return None
         scheduler.gather()
-        if scheduler.loose or not scheduler.members or len(scheduler.members) > self.most_together:
+        if not 0 < len(scheduler.members) <= scheduler.config.max_num_batched_tokens:
+            return None
+        turns = scheduler.quiet_turns()
+        if turns <= 0 or (turns := min(turns, closed_turns(scheduler))) <= 0:
             return None
         first = scheduler.turn
-        ended = self._stretch(part, closed_turns(scheduler), math.inf if until is None else until)
+        ended = self._stretch(part, turns, math.inf if until is None else until)
         return ended if scheduler.turn > first else None
 
-    @property
-    def most_together(self) -> int:
-        return self.scheduler.config.max_num_batched_tokens
-
     def _stretch(self, flying: Together | None, turns: int, limit: float) -> list[tuple[int, float]]:
-        """``flying``: the step in flight, with two of them. Each turn plans a step and takes back that one or itself."""
+        """``flying``: the step in flight, with two of them. A turn plans a step and takes back that one or itself."""
         scheduler, clock = self.scheduler, self.clock
         ended: list[tuple[int, float]] = []
         now = end = clock.ready_at
@@ -82,14 +88,14 @@ class FastEngine(Engine):
                 clock.decoded(count, steps, end - began)
                 count, steps, began = len(scheduler.members), 0, end
                 seconds = clock.decode_seconds(count, scheduler.kv_tokens)
-            if not scheduler.have_blocks():
-                break
             after = end + next(seconds)
             if flying is None and after > limit:
                 break
-            if scheduler.turn == first:
-                scheduler.admission.skip_turns(first + 1)
             part = scheduler.step_alone()
+            if part is None:
+                break
+            if scheduler.turn == first + 1:
+                scheduler.admission.skip_turns(scheduler.turn)
             steps += 1
             back, now, end = (part, after, after) if flying is None else (flying, end, after)
             if flying is not None:

@@ -1,11 +1,11 @@
 """Decodes in lockstep, for virtual time: requests that all get one token in every step are kept as one group.
 
-A step of the group costs the same whether it has three members or three hundred: what it does to each of them (a token
-more, a position further) is worked out when it matters, at the end of the request or when it must be preempted. Only
-what one member does and another does not is done one by one and at once: taking a block, publishing a full one, ending.
-Batches, blocks, tokens and times are those of ``Scheduler``, whose decisions these are; where the members could be
-treated unequally (too few blocks, too small a budget, somebody passed over for too long) the group is dissolved into
-ordinary requests for some turns.
+A step of the group costs the same whether it has three members or three hundred: what it does to each of them (a
+token more, a position further) is worked out when it matters, at the end of the request or when it must be preempted.
+Only what one member does and another does not is done one by one and at once: taking a block, publishing a full one,
+ending. Batches, blocks, tokens and times are those of ``Scheduler``, whose decisions these are. Where the members
+could be treated unequally (too few blocks, too small a budget, somebody passed over for too long) the group is
+dissolved into ordinary requests for some turns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from foretell.core.messages import Batch, Chunk, ChunkResult, Output, Result, Tu
 from foretell.core.plan import Plan
 from foretell.core.request import Request, State
 from foretell.core.scheduler import Scheduler
+from foretell.core.waiting import AGED
 
 APART = 8  # turns for which a dissolved group stays so
 
@@ -231,8 +232,11 @@ class LockstepScheduler(Scheduler):
             return super()._try_plan(request, plan)
         if self.members and plan.prefill and not self.policy.mixes:
             return False
-        if self.members and plan.blocked_from is None and len(self.members) <= plan.budget and self.have_blocks():
+        if self.members and plan.blocked_from is None and len(self.members) <= plan.budget:
             part = self.step(len(plan.chunks))
+        else:
+            part = None
+        if part is not None:
             plan.budget -= part.count
             plan.max_seqs -= part.count
             plan.prefill = False
@@ -255,21 +259,29 @@ class LockstepScheduler(Scheduler):
                 any_planned |= super()._try_plan(request, plan)
         return any_planned
 
-    def takers(self) -> dict[int, Member]:
-        """Members that take a block in the group's next step."""
-        return self._phase(0, 1)
+    def quiet_turns(self) -> int:
+        """The number of coming turns in which surely no loose request is scheduled, as long as members decode."""
+        policy, waits = self.policy, self.config.starvation_turns
+        if not self.loose:
+            return FOREVER
+        if policy.mixes or policy.prefill_rank < policy.decode_rank:
+            return 0
+        if any(request.key[0] == AGED or not request.in_prefill for request in self.loose.values()):
+            return 0
+        return min(request.last_turn for request in self.loose.values()) + waits - self.turn - 1
 
-    def have_blocks(self) -> bool:
-        """Whether there are blocks for the group's next step."""
-        wanted = len(self.takers())
-        return not wanted or wanted <= min(pool.num_free for pool in self.blocks.pools)
-
-    def step(self, at: int) -> Together:
-        """Plan the group's next step: a token of every member."""
-        takers = self.takers()
+    def step(self, at: int) -> Together | None:
+        """Plan the group's next step, a token of every member. Without blocks for that: None, nothing is changed."""
+        takers = self._phases[-(self.scheduled + 1) % self.config.block_size]
+        if takers:
+            pools, wanted = self.blocks.pools, len(takers)
+            for pool in pools:
+                if len(pool.free) < wanted:
+                    return None
+            for member in sorted(takers.values(), key=_key) if wanted > 1 else takers.values():
+                for table, pool in zip(member.request.blocks, pools, strict=True):
+                    table += pool.take(1)
         self.scheduled = step = self.scheduled + 1
-        for member in sorted(takers.values(), key=_key):
-            self.blocks.extend(member.request, member.start(step) + 1)
         part = Together(step, at, len(self.members), self.kv_tokens, [])
         self.kv_tokens += part.count
         self._scheduled_turn = self._oldest = self.turn
@@ -284,12 +296,16 @@ class LockstepScheduler(Scheduler):
         self._leavers = part.leavers
         return part
 
-    def step_alone(self) -> Together:
-        """A whole turn in which there is nothing but the group's step."""
+    def step_alone(self) -> Together | None:
+        """A whole turn in which there is nothing but the group's step; None if there are no blocks for that."""
         self.turn += 1
+        part = self.step(0)
+        if part is None:
+            self.turn -= 1
+            return None
         self._next_batch_id += 1
         self._removed.clear()
-        return self.step(0)
+        return part
 
     def _submit(self, plan: Plan) -> Turn | None:
         if self._planned is None:

@@ -118,6 +118,7 @@ class StageCost:
         self.seen: defaultdict[StepKind, int] = defaultdict(int)
         self.seconds_of: defaultdict[StepKind, float] = defaultdict(float)
         self._talk: dict[tuple[int, int], float] = {}
+        self._lines: dict[int, DecodeLine] = {}
 
     @property
     def busy_seconds(self) -> float:
@@ -143,7 +144,11 @@ class StageCost:
     def decode_seconds(self, positions: Sequence[int]) -> Iterator[float]:
         """Of consecutive steps of one token for each sequence; ``decoded`` says afterwards how many were taken."""
         talk = self.talk_seconds(len(positions), len(positions))
-        for seconds in consecutive_decodes(self.step, positions):
+        count = len(positions)
+        line = self._lines.get(count)
+        if line is None:
+            line = self._lines[count] = DecodeLine.of(self.step, count)
+        for seconds in consecutive_decodes(self.step, positions, line):
             yield (seconds + talk) * self.factor
 
     def decoded(self, sequences: int, steps: int, seconds: float) -> None:
@@ -170,16 +175,36 @@ class StageCost:
         return seconds
 
 
-def consecutive_decodes(step: StepCost, positions: Sequence[int]) -> Iterator[float]:
+@dataclass(frozen=True, slots=True)
+class DecodeLine:
+    """What decode steps of so many sequences take, by the logarithm of their mean history: ``pieces`` are (end, value
+    at 0, slope) of each straight piece of the seconds per key, which hold up to ``most`` keys together."""
+
+    fixed: float
+    host: float
+    least: float
+    hidden: bool
+    most: int
+    pieces: tuple[tuple[float, float, float], ...]
+
+    @classmethod
+    def of(cls, step: StepCost, count: int) -> DecodeLine:
+        profile = step.profile
+        parts = step.without_histories(count, count, count, decodes=True)
+        most = int(profile.decode_rate.reach(count) * count)
+        if step.windowed or max(step.decode_linear.excess(count), profile.head.excess(count)):
+            most = 0
+        pieces = tuple(_pieces(profile.decode_rate.row(count)))
+        return cls(parts.linear + parts.head, parts.host, parts.least, parts.hidden, most, pieces)
+
+
+def consecutive_decodes(step: StepCost, positions: Sequence[int], line: DecodeLine | None = None) -> Iterator[float]:
     """``step.decode_seconds`` in a fraction of its time, for as long as the histories stay within what was measured:
     the rate is looked up among points of this number of sequences alone."""
-    count, profile = len(positions), step.profile
-    keys, most = sum(positions) + count, int(profile.decode_rate.reach(count) * count)
-    if step.windowed or max(step.decode_linear.excess(count), profile.head.excess(count)):
-        most = 0
-    parts = step.without_histories(count, count, count, decodes=True)
-    fixed, host, least, hidden = parts.linear + parts.head, parts.host, parts.least, parts.hidden
-    pieces, end, base, slope = _pieces(profile.decode_rate.row(count)), -math.inf, 0.0, 0.0
+    count, keys = len(positions), sum(positions) + len(positions)
+    line = line or DecodeLine.of(step, count)
+    fixed, host, least, hidden, most = line.fixed, line.host, line.least, line.hidden, line.most
+    pieces, end, base, slope = iter(line.pieces), -math.inf, 0.0, 0.0
     log2 = math.log2
     while keys <= most:
         x = log2(keys / count)

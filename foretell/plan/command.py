@@ -53,6 +53,18 @@ class PlanAsked:
 
 def make_plan(asked: PlanAsked, *, bar: Callable[[], Any] = lambda: nullcontext(_silent)) -> Plan:
     """``bar()``: a context that yields what hears of the progress."""
+    problem = make_problem(asked)
+    space = candidates(usual_choices(problem.machine, tuple(problem.profiles)))
+    with bar() as report:
+        found = search(problem, space, processes=usable_cpus(), most=asked.most, report=report)
+    plan = conclude(problem, found, model=asked.model)
+    if plan.winner is not None:
+        plan.engine["dtype"] = engine_dtype(found.candidates[plan.winner].weights)
+    return plan
+
+
+def make_problem(asked: PlanAsked) -> Problem:
+    """What there is to decide on. ConfigError for what cannot be planned."""
     from foretell.model.load import spec_for
     from foretell.store import resolve
 
@@ -75,13 +87,7 @@ def make_plan(asked: PlanAsked, *, bar: Callable[[], Any] = lambda: nullcontext(
         any_layout=asked.any_layout,
     )
     _check_lengths(problem)
-    space = candidates(usual_choices(machine, tuple(profiles)))
-    with bar() as report:
-        found = search(problem, space, processes=usable_cpus(), most=asked.most, report=report)
-    plan = conclude(problem, found, model=asked.model)
-    if plan.winner is not None:
-        plan.engine["dtype"] = engine_dtype(found.candidates[plan.winner].weights)
-    return plan
+    return problem
 
 
 def _silent(done: int, total: int, what: str) -> None:

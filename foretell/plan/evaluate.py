@@ -61,11 +61,11 @@ def _simulate(
     problem: Problem, candidate: Candidate, config: SchedulerConfig, num_blocks: tuple[int, ...], factor: float
 ) -> Outcome:
     fleets = [problem.stage_costs(candidate, factor=factor) for _ in range(candidate.replicas)]
-    executors = [_executor(problem, candidate, stages, num_blocks) for stages in fleets]
+    executors = [executor_of(problem, candidate, stages, num_blocks) for stages in fleets]
     return _outcome(serve(problem.prompts, config, problem.windows, executors), fleets, problem.goal)
 
 
-def _executor(
+def executor_of(
     problem: Problem, candidate: Candidate, stages: Sequence[StageCost], num_blocks: tuple[int, ...]
 ) -> VirtualExecutor:
     """With the batches in flight that the engine would have."""

@@ -18,7 +18,7 @@ from foretell.routing import Beginnings, pieces_of, preference
 from foretell.trace.metrics import RequestTimes
 from foretell.trace.workloads import Workload
 
-MakeExecutor = Callable[[], VirtualExecutor]
+MakeEngine = Callable[[SchedulerConfig, VirtualExecutor, Sequence[int | None]], Engine]
 
 
 class Prompts:
@@ -145,9 +145,11 @@ def serve(
     config: SchedulerConfig,
     windows: Sequence[int | None],
     executors: Iterable[VirtualExecutor],
+    make_engine: MakeEngine | None = None,
 ) -> FleetRun:
-    """The workload through one engine for each of the executors."""
-    replicas = [Replica(_engine(config, executor, windows), executor) for executor in executors]
+    """The workload through one engine for each of the executors, by default the fastest kind that can be."""
+    make = make_engine or fastest_engine
+    replicas = [Replica(make(config, executor, windows), executor) for executor in executors]
     hashes = prompts.hashes(config.block_size) if config.enable_prefix_caching else [[]] * len(prompts.tokens)
     routed = len(replicas) > 1
     pieces = prompts.pieces() if routed else []
@@ -174,7 +176,7 @@ def serve(
     )
 
 
-def _engine(config: SchedulerConfig, executor: VirtualExecutor, windows: Sequence[int | None]) -> Engine:
+def fastest_engine(config: SchedulerConfig, executor: VirtualExecutor, windows: Sequence[int | None]) -> Engine:
     if isinstance(executor, LockstepExecutor):
         return FastEngine(config, executor, windows)
     return Engine(config, executor, windows)

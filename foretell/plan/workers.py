@@ -93,6 +93,7 @@ class Workers:
                 os.close(tasks_in)
                 os.close(results_out)
                 gc.freeze()
+                gc.disable()  # a simulation makes many objects and hardly a cycle
                 self._work(tasks_out, results_in)
                 status = 0
             finally:
@@ -104,6 +105,7 @@ class Workers:
     def _work(self, tasks: int, results: int) -> None:
         with os.fdopen(tasks, encoding="ascii") as lines, os.fdopen(results, "wb") as out:
             for line in lines:
+                gc.collect()
                 try:
                     found = self.run(int(line))
                     answer = {"reason": found} if isinstance(found, str) else {"outcome": asdict(found)}

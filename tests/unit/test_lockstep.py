@@ -1,4 +1,4 @@
-"""Decodes in lockstep change nothing but the time that a simulation takes: held to the ordinary engine, step by step."""
+"""Decodes in lockstep change nothing but the time that a simulation takes: beside the ordinary engine's steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foretell.config import SchedulerConfig
-from foretell.core import fast_forward, lockstep
 from foretell.core.engine import Engine
 from foretell.core.fast_forward import FastEngine
 from foretell.core.lockstep import GroupBatch, LockstepScheduler, Together
@@ -41,10 +40,11 @@ class Listed(LockstepScheduler):
         self.stepped += 1
         return [told(self.chunk(member, part.step)) for member in members if member.joined < part.step]
 
-    def step_alone(self) -> Together:
+    def step_alone(self) -> Together | None:
         part = super().step_alone()
-        self.chunks.append(self._group(part))
-        self.alone += 1
+        if part is not None:
+            self.chunks.append(self._group(part))
+            self.alone += 1
         return part
 
     def _submitted(self, batch: Batch) -> Turn:
@@ -87,7 +87,7 @@ def simulate(setup: dict[str, Any], *, together: bool) -> Run:
     windows = (None,) * len(setup["num_blocks"])
     if together:
         clock = LockstepExecutor(COST, setup["num_blocks"], depth=depth, chain=chain)
-        engine = FastEngine(setup["config"], clock, windows)
+        engine = FastEngine(setup["config"], clock, windows, scheduler=Listed)
     else:
         executor = VirtualExecutor(COST, setup["num_blocks"], depth=depth, chain=chain)
         engine = Engine(setup["config"], executor, windows, scheduler=Written)
@@ -157,13 +157,6 @@ def setups(draw: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def listed() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_forward, "LockstepScheduler", Listed)
-        yield
-
-
 def compare(setup: dict[str, Any]) -> Run:
     single, many = simulate(setup, together=False), simulate(setup, together=True)
     assert many.chunks == single.chunks
@@ -180,3 +173,75 @@ def compare(setup: dict[str, Any]) -> Run:
 @given(setups())
 def test_the_same_batches_blocks_tokens_and_times(setup: dict[str, Any]) -> None:
     compare(setup)
+
+
+def crowd(count: int = 8, **over: Any) -> dict[str, Any]:
+    config = {"max_num_seqs": count, "max_num_batched_tokens": 64, "max_model_len": 400, "block_size": 4}
+    return {
+        "config": SchedulerConfig(**{**config, **over.pop("config", {})}),
+        "num_blocks": (over.pop("num_blocks", 1000),),
+        "prompts": {i: [i] * (5 + i) for i in range(count)},
+        "lengths": {i: 200 - 10 * i for i in range(count)},
+        "arrivals": dict.fromkeys(range(count), 0.0),
+        **over,
+    }
+
+
+@pytest.mark.parametrize("depth", [(1, 0), (2, 1)])
+def test_a_crowd_is_one_group_until_each_has_ended(depth: tuple[int, int]) -> None:
+    run = compare(crowd(depth=depth))
+    scheduler = run.engine.scheduler
+    assert scheduler.dissolved == 0
+    assert scheduler.alone > 190  # nearly all of 200 steps, although seven requests end meanwhile
+
+
+@pytest.mark.parametrize("depth", [(1, 0), (2, 1)])
+@pytest.mark.parametrize("config", [{}, {"enable_prefix_caching": False}])
+def test_a_group_that_runs_out_of_blocks_is_dissolved_and_preempts(
+    depth: tuple[int, int], config: dict[str, Any]
+) -> None:
+    run = compare(crowd(num_blocks=110, depth=depth, config=config))
+    assert run.engine.scheduler.dissolved > 1
+    assert run.engine.scheduler.counters.preemptions["kv_blocks_exhausted"] > 1
+
+
+def test_a_group_larger_than_the_budget_is_never_formed_for_long() -> None:
+    run = compare(crowd(config={"max_num_batched_tokens": 7}))
+    assert run.engine.scheduler.dissolved
+
+
+def test_who_may_stop_at_a_token_is_no_member() -> None:
+    clock = LockstepExecutor(COST, (100,))
+    engine = FastEngine(SchedulerConfig(max_model_len=100), clock)
+    engine.add(0, [1] * 5, SamplingParams(max_tokens=9, stop_token_ids=(7,)))
+    while engine.has_work:
+        assert engine.fast_forward() is None
+        engine.step()
+        assert not engine.scheduler.members
+
+
+def test_an_abort_ends_a_member_with_what_it_had() -> None:
+    clock = LockstepExecutor(COST, (100,))
+    engine = FastEngine(SchedulerConfig(max_model_len=100), clock)
+    for i in range(3):
+        engine.add(i, [i] * 5, SamplingParams(max_tokens=50, ignore_eos=True))
+    aborted = engine.scheduler.requests[1]
+    ended: dict[int, float] = {}
+    while engine.has_work:
+        ended.update(engine.fast_forward(clock.now + 0.05) or ())
+        if aborted.finish_reason is None and clock.now > 0.1:
+            assert engine.finish(1)
+            assert aborted.tokens[5:] == [synthetic_token(1, n) for n in range(aborted.num_outputs)]
+        for output in engine.step():
+            if output.finish_reason:
+                ended[output.request_id] = clock.now
+    assert ended.keys() == {0, 2}
+    assert 1 < aborted.num_outputs < 50
+    assert engine.scheduler.blocks.usage == 0
+
+
+def test_windows_and_pipelines_are_not_for_groups() -> None:
+    with pytest.raises(RuntimeError, match="lockstep"):
+        FastEngine(SchedulerConfig(), LockstepExecutor(COST, (100,)), (64,))
+    with pytest.raises(RuntimeError, match="lockstep"):
+        FastEngine(SchedulerConfig(), LockstepExecutor(COST, (100,), depth=3))
