@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from operator import index
@@ -53,13 +53,16 @@ class PromptPreparer:
         import numpy as np
 
         try:
-            packed = array("q", prompt)  # whole numbers only, though True and False are 1 and 0 to it
-        except (TypeError, OverflowError):
+            if type(sum(prompt)) is not int:  # so is the sum if all are, though True and False are 1 and 0 to it
+                return None
+            seen = np.frombuffer(
+                struct.pack(f"{len(prompt)}q", *prompt), np.int64
+            )  # half the time of numpy's own way
+        except (TypeError, struct.error):
             return None
-        seen = np.frombuffer(packed, np.int64)
         if len(seen) == 0 or seen.min() < 2 or seen.max() >= self.vocab_size:
             return None
-        return packed.tolist()
+        return list(prompt)
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """The same, with the model's end tokens, bad words as ids, and a seed of its own if it has none."""

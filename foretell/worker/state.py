@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -39,7 +40,7 @@ class RequestState:
         known = [*added.prompt_token_ids, *added.output_token_ids]
         self.num_tokens = len(known)
         self.tokens: NDArray[np.int64] = np.empty(max(64, 2 * len(known)), dtype=np.int64)
-        self.tokens[: len(known)] = known
+        self.tokens[: len(known)] = np.frombuffer(struct.pack(f"{len(known)}q", *known), np.int64)  # as in prompts.py
         self.tables: list[NDArray[np.int32]] = [np.zeros(8, dtype=np.int32) for _ in range(num_groups)]
         self.num_blocks = [0] * num_groups
         # prompt log-probabilities gathered so far, one per prompt token from the second on
