@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError, ForetellError
 from foretell.executor.load import Phases, kv_cache_dtype, load
-from foretell.options import EngineOptions, context_len, resolve_device, scheduler_config
+from foretell.options import EngineOptions, context_len, gpu_bytes, resolve_device, scheduler_config
 from foretell.step_log import StepLog
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _start(
     max_model_len = context_len(options, spec)
     _check_weights(options, files)
     device = resolve_device(options)
-    config = scheduler_config(options, max_model_len, device)
+    config = scheduler_config(options, max_model_len, device, gpu_bytes(device))
     loaded = load(device, options, files, spec, config, dtype, phases)
     executor = loaded.executor
     undo.callback(executor.close)

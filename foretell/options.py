@@ -19,7 +19,9 @@ MAX_THREADS = 1024
 DEFAULT_MAX_SEQS = {"cpu": 64, "cuda": 256}
 # per step: a GPU needs thousands to be busy; a CPU is with hundreds, and everybody waits for a step that is long
 DEFAULT_MAX_TOKENS = {"cpu": 512, "cuda": 8192}
-BATCH_MAX_TOKENS = 16384  # on a GPU whose tokens nobody watches: fewer steps, and tiles that fill it better
+# on a GPU whose tokens nobody watches: fewer steps, and tiles that fill it better; the second with LARGE_GPU bytes
+BATCH_MAX_TOKENS = (16384, 32768)
+LARGE_GPU = 64 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class EngineOptions:
     load_format: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None  # 64 on a CPU, 256 on a GPU; max_num_batched_tokens where that is less
-    max_num_batched_tokens: int | None = None  # 512 on a CPU, 8192 on a GPU, 16384 there if not interactive
+    max_num_batched_tokens: int | None = None  # 512 on a CPU, 8192 on a GPU, more there if not interactive
     max_chunk_tokens: int = 0
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"  # "fp8": half the bytes, GPUs only
@@ -153,9 +155,19 @@ def _device(options: EngineOptions) -> str:
     return "cuda" if there else "cpu"
 
 
-def scheduler_config(options: EngineOptions, max_model_len: int, device: str = "cpu") -> SchedulerConfig:
+def gpu_bytes(device: str) -> int:
+    """Memory of the GPU that a model would be on; 0: of none."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
+
+
+def scheduler_config(
+    options: EngineOptions, max_model_len: int, device: str = "cpu", gpu_bytes: int = 0
+) -> SchedulerConfig:
+    """What the options leave open is chosen for the device, and for a GPU's memory where that is known."""
     unwatched = device == "cuda" and not options.interactive
-    usual_tokens = BATCH_MAX_TOKENS if unwatched else DEFAULT_MAX_TOKENS[device]
+    usual_tokens = BATCH_MAX_TOKENS[gpu_bytes >= LARGE_GPU] if unwatched else DEFAULT_MAX_TOKENS[device]
     most_tokens = options.max_num_batched_tokens or max(usual_tokens, options.max_num_seqs or 1)
     most_seqs = options.max_num_seqs or min(DEFAULT_MAX_SEQS[device], most_tokens)
     return SchedulerConfig(

@@ -68,7 +68,8 @@ def simulated(options: EngineOptions, profile_name: str | None) -> Simulated:
     name = str(dtype).removeprefix("torch.")
     profile = open_profile(profile_name, spec, model=files.name, dtype=name)
     on_gpu = profile.device in DEVICES and profile.device != "laptop"
-    config = scheduler_config(options, context_len(options, spec), "cuda" if on_gpu else "cpu")
+    gpu_bytes = int(DEVICES[profile.device].memory_bytes) if on_gpu else 0
+    config = scheduler_config(options, context_len(options, spec), "cuda" if on_gpu else "cpu", gpu_bytes)
     kv_bytes = options.kv_cache_bytes
     if kv_bytes is None and profile.device in DEVICES:
         kv_bytes = device_kv_bytes(profile, options.memory_share)

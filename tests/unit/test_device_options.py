@@ -55,6 +55,8 @@ def test_where_nobody_watches_a_gpu_takes_prompts_first_in_larger_steps() -> Non
         for options, device in ((batch, "cuda"), (batch, "cpu"), (EngineOptions(model="m"), "cuda"))
     )
     assert (gpu.policy, gpu.max_num_batched_tokens) == ("prefill-first", 16384)
+    assert scheduler_config(batch, 4096, "cuda", 80 << 30).max_num_batched_tokens == 32768
+    assert scheduler_config(EngineOptions(model="m"), 4096, "cuda", 80 << 30).max_num_batched_tokens == 8192
     assert (cpu.policy, cpu.max_num_batched_tokens) == ("mixed", 512)
     assert (served.policy, served.max_num_batched_tokens) == ("mixed", 8192)
     told = scheduler_config(EngineOptions(model="m", interactive=False, policy="mixed"), 4096, "cuda")
