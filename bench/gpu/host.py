@@ -34,6 +34,7 @@ class Nothing:
     """A model whose steps cost nothing, and the graph of them."""
 
     spec = Spec()
+    embedding = head = None
     hidden = torch.zeros(8192, 8)
     scores = torch.zeros(8192, 1)
 

@@ -74,12 +74,13 @@ class CudaKernels(CudaAttention):
         add: bool,
     ) -> None:  # fmt: skip
         C = x.shape[-1]
-        block = power_of_two(C)
+        block = 1 << (C.bit_length() - 1)
         if x.numel() > 0:
             launch(
                 triton_elementwise.rms_norm, (x.numel() // C,),
                 x, y, weight, weight if y_weight is None else y_weight, normed, sums, C, eps, add,
-                y_weight is not None, block, num_warps=min(max(block // 512, 1), 8), device=x.device,
+                y_weight is not None, block, power_of_two(max(C - block, 1)),
+                num_warps=min(max(block // 256, 1), 8), device=x.device,
             )  # fmt: skip
 
     def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
@@ -98,4 +99,6 @@ class CudaKernels(CudaAttention):
     def gated_linear(self, linear: Linear, x: Tensor, kind: Activation) -> Tensor:
         if isinstance(linear, CudaLinear | CudaQuantisedLinear) and linear.takes(x):
             return linear.launch(x, kind)
+        if isinstance(linear, CudaLinear) and linear.fuses(x):
+            return linear.gated_rows(x, kind)
         return self.gated_activation(linear(x), kind)

@@ -17,13 +17,13 @@ from foretell.config import ModelSpec
 from foretell.kernels.base import BatchContext, HeadNorms, KVGroupView, KVLayer
 from foretell.kernels.cuda import CudaKernels
 from foretell.kernels.cuda_dense import can_be_dense
-from foretell.kernels.cuda_linear import CudaLinear
+from foretell.kernels.cuda_linear import MANY_ROWS, CudaLinear
 from foretell.kernels.cuda_quantised import CudaQuantisedLinear
 from foretell.kernels.formats import FORMATS
 from foretell.kernels.triton_common import launch, num_multiprocessors
 
 THREADS = 8
-ROWS = (1, 2, 33)  # one for every class of row counts that has kernels of its own
+ROWS = (1, 2, 33, 65, 129)  # one for every class of row counts that has kernels of its own
 QUANTISED_ROWS = (1, 2, 17)
 
 
@@ -81,12 +81,13 @@ class _Calls:
         if self.dtype.itemsize == 2:
             rows = ROWS if self.quantization is None else QUANTISED_ROWS
             calls += [partial(self.linear, *shape, M) for shape in sorted(self.shapes()) for M in rows]
+            calls += [partial(self.gated_rows, *shape) for shape in sorted(self.shapes()) if shape[3]]
         return [*calls, self.between, partial(can_be_dense, self.spec.head_dim)]
 
     def batches(self) -> list[int]:
         """Sequences of a decode batch in each of the classes of cuda_tuning.decode."""
         units, heads = num_multiprocessors(self.device), self.spec.num_kv_heads
-        return sorted({-(-pairs // heads) for pairs in (1, units, 2 * units + heads)})
+        return sorted({-(-pairs // heads) for pairs in (1, units, 2 * units + heads, 4 * units + heads)})
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -104,6 +105,17 @@ class _Calls:
         }
 
     def linear(self, N: int, K: int, bias: bool, gated: bool, rows: int) -> None:
+        layer = self.layer(N, K, bias)
+        if isinstance(layer, CudaQuantisedLinear) or rows <= layer.most_rows:
+            layer.launch(self.empty(rows, K), self.spec.activation if gated else "")
+
+    def gated_rows(self, N: int, K: int, bias: bool, gated: bool) -> None:
+        layer, x = self.layer(N, K, bias), self.empty(MANY_ROWS, K)
+        if isinstance(layer, CudaLinear) and layer.fuses(x):
+            layer.gated_rows(x, self.spec.activation)
+
+    def layer(self, N: int, K: int, bias: bool) -> CudaLinear | CudaQuantisedLinear:
+        """One that says it is of this shape."""
         vector = self.empty(16, dtype=torch.float32) if bias else None
         layer: CudaLinear | CudaQuantisedLinear
         if self.quantization is None or self.spec.vocab_size == N:
@@ -112,7 +124,7 @@ class _Calls:
             kept_as, weight = FORMATS[self.quantization], self.empty(16, 16).zero_()
             layer = CudaQuantisedLinear(weight, vector, kept_as, self.kernels.scratch, self.kernels.batch_invariant)
         layer.in_features, layer.out_features = K, N
-        layer.launch(self.empty(rows, K), self.spec.activation if gated else "")
+        return layer
 
     def between(self) -> None:
         x, weight = self.empty(2, self.spec.hidden_size), self.empty(self.spec.hidden_size, dtype=torch.float32)

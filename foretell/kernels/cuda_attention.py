@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foretell.kernels import cuda_tuning, triton_decode, triton_elementwise, triton_prefill
+from foretell.kernels import cuda_tuning, triton_elementwise, triton_prefill
 from foretell.kernels.base import BatchContext, HeadNorms, KVGroupView, KVLayer
+from foretell.kernels.cuda_decode import decode, norm_arguments
 from foretell.kernels.cuda_dense import DENSE_FROM, STEP, can_be_dense, dense_attention
 from foretell.kernels.cuda_linear import precision
 from foretell.kernels.cuda_tuning import power_of_two
@@ -17,7 +18,6 @@ from foretell.kernels.triton_common import (
     Scratch,
     has_dependent_launch,
     launch,
-    num_multiprocessors,
     set_descriptor_memory,
     shared_bytes,
 )
@@ -141,29 +141,9 @@ class CudaAttention(ReferenceKernels):
         window: int | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        S, (_, G, block_size, D) = len(qkv), kv.k.shape
-        tables = context.groups[kv.group].block_tables
         if out is None:
-            out = torch.empty(S, H * D, dtype=qkv.dtype, device=qkv.device)
-        longest = tables.shape[1] * block_size if window is None else min(tables.shape[1] * block_size, window)
-        how = cuda_tuning.decode(S * G, D, num_multiprocessors(qkv.device), longest)
-        how = how.wide() if qkv.element_size() == 4 else how
-        share, splits = H // G, how.splits
-        block_h, block_d = power_of_two(share, 16), power_of_two(D, 16)
-        cos, sin = rotation if rotation is not None else (qkv, qkv)
-        R = cos.shape[1] if rotation is not None else 0
-        parts = arrived = out
-        if splits > 1:
-            parts = self.scratch.floats(S * G * splits * block_h * (2 + block_d), qkv.device)
-            arrived = self.scratch.counters(S * G, qkv.device)
-        lines = power_of_two(max(D * kv.k.element_size() // 128, 1))
-        launch(
-            triton_decode.decode_attention, (S * G, splits),
-            qkv, qkv.stride(0), cos, sin, *_norm_arguments(norms, qkv), kv.k, kv.v, tables, tables.stride(0),
-            context.kv_lens, out, parts, arrived, scale, window or 0, H, G, block_size, D, R, block_d, share, block_h,
-            how.block_n, how.smallest, norms is not None, window is not None, precision(qkv), how.stages,
-            lines, how.ahead, num_warps=how.num_warps, device=qkv.device,
-        )  # fmt: skip
+            out = torch.empty(len(qkv), H * kv.k.shape[3], dtype=qkv.dtype, device=qkv.device)
+        decode(qkv, H, norms, rotation, kv, context, scale, window, out, self.scratch)
         return out
 
     def _place(
@@ -179,11 +159,11 @@ class CudaAttention(ReferenceKernels):
         M, (_, G, block_size, D) = len(qkv), kv.k.shape
         cos, sin = rotation if rotation is not None else (qkv, qkv)
         R = cos.shape[1] if rotation is not None else 0
-        heads, warps = (8, 2) if norms is not None else (16, 4)
+        heads, warps = (16, 4) if norms is None else (16, 2) if D <= 128 else (8, 4)
         heads = min(power_of_two(H + 2 * G), heads)
         launch(
             triton_elementwise.place_heads, (M, -(-(H + 2 * G) // heads)),
-            qkv, qkv.stride(0), cos, sin, *_norm_arguments(norms, qkv), kv.k, kv.v, context.groups[kv.group].slots,
+            qkv, qkv.stride(0), cos, sin, *norm_arguments(norms, qkv), kv.k, kv.v, context.groups[kv.group].slots,
             H, G, block_size, D, R, power_of_two(max(D - 2 * R, 1)), power_of_two(max(R, 1)), heads,
             norms is not None, num_warps=warps, device=qkv.device,
         )  # fmt: skip
@@ -263,10 +243,6 @@ def _sliced(context: BatchContext, part: slice, longest: int) -> BatchContext:
 def _sequences(S: int) -> int:
     """Numbers of sequences that prefill is compiled for: two, not one for every power of 2."""
     return 64 if S <= 64 else power_of_two(S, 1024)
-
-
-def _norm_arguments(norms: HeadNorms | None, other: Tensor) -> tuple[Tensor, Tensor, float]:
-    return (other, other, 0.0) if norms is None else (norms.q, norms.k, norms.eps)
 
 
 def _one_row_per_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

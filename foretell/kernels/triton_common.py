@@ -30,6 +30,11 @@ def has_dependent_launch(device: torch.device) -> bool:
 
 
 @cache
+def is_hopper(device: torch.device) -> bool:
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
 def num_multiprocessors(device: torch.device) -> int:
     return 8 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -10,33 +10,49 @@ from foretell.kernels.triton_common import activated, let_next_start, wait_for_i
 
 
 @triton.jit
+def _row(ptr, c, C):
+    return tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rounded(x, ptr, c, C):
+    """x as it is stored."""
+    x = x.to(ptr.dtype.element_ty)
+    tl.store(ptr + c, x, mask=c < C)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _mean_square(x, rest, C):
+    return (tl.sum(x * x, axis=0) + tl.sum(rest * rest, axis=0)) / C
+
+
+@triton.jit
 def rms_norm(
     x_ptr, y_ptr, weight_ptr, y_weight_ptr, normed_ptr, sum_ptr, C, eps,
-    ADD: tl.constexpr, NORM_Y: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    ADD: tl.constexpr, NORM_Y: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_REST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row a program: normed = rms_norm(x) or, with ADD, of sum = x + y, rounded to its dtype first. NORM_Y: y is
-    normed before it is added, and rounded then as well."""
+    normed before it is added, and rounded then as well. C ≤ BLOCK_C + BLOCK_REST: two powers of 2 fit most widths."""
     let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64) * C
-    c = tl.arange(0, BLOCK_C)
-    inside = c < C
-    weight = tl.load(weight_ptr + c, mask=inside, other=0.0)
-    y_weight = weight
+    c, r = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_REST)
+    weight, weight_rest = _row(weight_ptr, c, C), _row(weight_ptr, r, C)
+    y_weight, y_weight_rest = weight, weight_rest
     if NORM_Y:
-        y_weight = tl.load(y_weight_ptr + c, mask=inside, other=0.0)
+        y_weight, y_weight_rest = _row(y_weight_ptr, c, C), _row(y_weight_ptr, r, C)
     wait_for_inputs(PDL)
-    x = tl.load(x_ptr + row + c, mask=inside, other=0.0).to(tl.float32)
+    x, rest = _row(x_ptr + row, c, C), _row(x_ptr + row, r, C)
     if ADD:
-        y = tl.load(y_ptr + row + c, mask=inside, other=0.0).to(tl.float32)
+        y, y_rest = _row(y_ptr + row, c, C), _row(y_ptr + row, r, C)
         if NORM_Y:
-            y_scale = tl.rsqrt(tl.sum(y * y, axis=0) / C + eps)
-            y = (y * y_scale * y_weight).to(sum_ptr.dtype.element_ty).to(tl.float32)
-        x += y
-        rounded = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + row + c, rounded, mask=inside)
-        x = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / C + eps)
-    tl.store(normed_ptr + row + c, (x * scale * weight).to(normed_ptr.dtype.element_ty), mask=inside)
+            scale = tl.rsqrt(_mean_square(y, y_rest, C) + eps)
+            y = (y * scale * y_weight).to(sum_ptr.dtype.element_ty).to(tl.float32)
+            y_rest = (y_rest * scale * y_weight_rest).to(sum_ptr.dtype.element_ty).to(tl.float32)
+        x, rest = _rounded(x + y, sum_ptr + row, c, C), _rounded(rest + y_rest, sum_ptr + row, r, C)
+    scale = tl.rsqrt(_mean_square(x, rest, C) + eps)
+    _rounded(x * scale * weight, normed_ptr + row, c, C)
+    _rounded(rest * scale * weight_rest, normed_ptr + row, r, C)
 
 
 @triton.jit

@@ -73,16 +73,16 @@ def few_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr, ONCE: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] · w [N, K]ᵀ + bias; KIND as in ``one_row``. Grid (tiles of N, SPLITS, tiles of M); SPLIT:
-    there are several, and M ≤ BLOCK_M.
+    """y [M, N] = x [M, K] · w [N, K]ᵀ + bias; KIND as in ``one_row``. Grid (tiles of M, tiles of N, SPLITS): tiles
+    of M that read the same weights run together. SPLIT: K is split.
 
     WEIGHTS_FIRST: the product is computed transposed, weights being the operand with many rows (wgmma wants 64).
     ONCE: a program's share of K is one BLOCK_K, whose weights are loaded before the inputs are there; else
     AHEAD: elements of each weight row that are asked for before the inputs are there.
     """
-    tile, split, SPLITS = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    tile, split, SPLITS = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     steps = tl.cdiv(K, BLOCK_K)
     per_split = tl.cdiv(steps, SPLITS)
@@ -90,7 +90,8 @@ def few_rows(
     end = tl.minimum(begin + per_split * BLOCK_K, K)
     rows = w_ptr + tl.where(n < N, n, 0).to(tl.int64)[:, None] * K
     far = N.to(tl.int64) * K
-    x_rows = x_ptr + tl.where(m < M, m, 0)[:, None].to(tl.int64) * stride_x
+    # rows beyond the last repeat others: all of them reading one and the same would wait for its place in the L2
+    x_rows = x_ptr + (m % M)[:, None].to(tl.int64) * stride_x
     if WEIGHTS_FIRST:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         total_up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -132,10 +133,10 @@ def few_rows(
     inside = (m < M)[:, None] & (n < N)[None, :]
     last = True
     if SPLIT:
-        # parts [SPLITS, BLOCK_M, columns]: the last program of a tile to arrive adds them up in order
-        columns = tl.num_programs(0) * BLOCK_N
+        # parts [SPLITS, rows, columns]: the last program of a tile to arrive adds them up in order
+        columns, arrived_ptr = tl.num_programs(1) * BLOCK_N, arrived_ptr + tl.program_id(0) * tl.num_programs(1)
         place = parts_ptr + m[:, None] * columns + n[None, :]
-        step = BLOCK_M * columns
+        step = tl.num_programs(0) * BLOCK_M * columns
         up_part = SPLITS * step
         tl.store(place + split * step, total, mask=inside)
         if KIND != "":

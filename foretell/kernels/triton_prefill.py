@@ -119,6 +119,30 @@ def paged_prefill(
         tl.store(out_at, (total / l[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _fresh_step(
+    q, k_tiles, v_tiles, start, m_at, factor, window, m, l, total,  # noqa: E741
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The tile of keys from ``start`` on: new maximum, sum and mixed values. Not MASKED: all rows see all of them."""
+    k = k_tiles.load([start, 0])
+    scores = tl.dot(q, tl.trans(k))
+    if MASKED:
+        key = start + tl.arange(0, BLOCK_N)
+        seen = key[None, :] <= m_at[:, None]
+        if WINDOW:
+            seen = seen & (key[None, :] > m_at[:, None] - window)
+        p, keep, m, l = _softmax_step(tl.where(seen, scores * factor, float("-inf")), m, l)  # noqa: E741
+    else:
+        highest = tl.maximum(m, tl.max(scores, axis=1) * factor)
+        p = tl.exp2(scores * factor - highest[:, None])
+        keep = tl.exp2(m - highest)
+        l = l * keep + tl.sum(p, axis=1)  # noqa: E741
+        m = highest
+    v = v_tiles.load([start, 0])
+    return m, l, tl.dot(p.to(q.dtype), v, total * keep[:, None])
+
+
 @triton.jit(do_not_specialize=["window", "S", "M"], do_not_specialize_on_alignment=["starts_ptr"])
 def fresh_prefill(
     q_ptr, k_ptr, v_ptr, stride_m, starts_ptr, out_ptr, scale, window, M, S, H,
@@ -152,34 +176,27 @@ def fresh_prefill(
         l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
         total = tl.zeros((BLOCK_M, D), tl.float32)
         factor = scale * 1.4426950408889634
-        n = tl.arange(0, BLOCK_N)
         low = tile * BLOCK_M
         last = tl.minimum(low + BLOCK_M, rows)
-        first = 0
+        plain_until = low // BLOCK_N * BLOCK_N  # keys before are before every row
+        first, plain_from = 0, 0
         if WINDOW:
             first = tl.maximum(low - window + 1, 0) // BLOCK_N * BLOCK_N
-        plain_until = first
-        if not WINDOW:
-            plain_until = low // BLOCK_N * BLOCK_N
-        for start in tl.range(0, plain_until if not WINDOW else 0, BLOCK_N, num_stages=STAGES):
-            k = k_tiles.load([start, 0])
-            scores = tl.dot(q, tl.trans(k))
-            highest = tl.maximum(m, tl.max(scores, axis=1) * factor)
-            p = tl.exp2(scores * factor - highest[:, None])
-            keep = tl.exp2(m - highest)
-            l = l * keep + tl.sum(p, axis=1)  # noqa: E741
-            m = highest
-            v = v_tiles.load([start, 0])
-            total = tl.dot(p.to(q.dtype), v, total * keep[:, None])
+            inside = (
+                tl.cdiv(tl.maximum(low + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
+            )  # every row's window begins before
+            plain_from = tl.minimum(tl.maximum(inside, first), plain_until)
+            for start in tl.range(first, plain_from, BLOCK_N, num_stages=STAGES):
+                m, l, total = _fresh_step(  # noqa: E741
+                    q, k_tiles, v_tiles, start, m_at, factor, window, m, l, total, True, WINDOW, BLOCK_N
+                )
+        for start in tl.range(plain_from, plain_until, BLOCK_N, num_stages=STAGES):
+            m, l, total = _fresh_step(  # noqa: E741
+                q, k_tiles, v_tiles, start, m_at, factor, window, m, l, total, False, WINDOW, BLOCK_N
+            )
         for start in tl.range(plain_until, last, BLOCK_N, num_stages=STAGES):
-            key = start + n
-            k = k_tiles.load([start, 0])
-            scores = tl.dot(q, tl.trans(k)) * factor
-            seen = key[None, :] <= m_at[:, None]
-            if WINDOW:
-                seen = seen & (key[None, :] > m_at[:, None] - window)
-            p, keep, m, l = _softmax_step(tl.where(seen, scores, float("-inf")), m, l)  # noqa: E741
-            v = v_tiles.load([start, 0])
-            total = tl.dot(p.to(q.dtype), v, total * keep[:, None])
+            m, l, total = _fresh_step(  # noqa: E741
+                q, k_tiles, v_tiles, start, m_at, factor, window, m, l, total, True, WINDOW, BLOCK_N
+            )
         out_at = out_ptr + ((begin + m_at).to(tl.int64) * H * D + head * D)[:, None] + d[None, :]
         tl.store(out_at, (total / l[:, None]).to(out_ptr.dtype.element_ty), mask=mask)

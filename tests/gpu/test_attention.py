@@ -148,9 +148,26 @@ def test_decode(kernels, device, H, G):
 
 
 def test_decode_of_many_sequences(kernels, device):
-    """Batches of every class of sizes, which have tiles of their own."""
-    for count in (3,) if INTERPRETED else (30, 150):
-        Case([50 + 29 * i for i in range(count)], [1] * count, 8, 8, 128, 64, device=device).check(kernels)
+    """Batches of every class of sizes, which have tiles of their own, or with MHA a kernel of their own."""
+    for count, H in ((3, 8), (5, 8), (9, 16)) if INTERPRETED else ((30, 8), (90, 8), (150, 8), (200, 16), (20, 16)):
+        for window in (None, 700):
+            lengths = [max(1, (50 + 29 * i) // (20 if INTERPRETED else 1)) for i in range(count - 1)] + [LONG]
+            Case(lengths, [1] * count, H, 8, 128, 64, window, norms=H == 8, device=device).check(kernels)
+
+
+@pytest.mark.parametrize("D", [32, 64, 80, 96, 128])
+def test_decode_where_each_head_has_keys_of_its_own(kernels, device, D):
+    """Pairs of a sequence and a head enough for the kernel that has no matrix unit; one sequence only pads."""
+    count = 5 if INTERPRETED else 80
+    case = Case(
+        [1 + (7 if INTERPRETED else 61) * i for i in range(count)], [1] * count, 8, 8, D, D // 4, device=device
+    )
+    case.context.kv_lens[-1] = 0
+    y = case.run(kernels).cpu()
+    near(y[:-1], case.exact()[:-1], 1e-2)
+    assert not y[-1].any()
+    kept = int((~case.kv.v.isnan()).sum())
+    assert kept == (sum(case.lengths) - 1) * 8 * D, "padding is kept, or somebody's token is not"
 
 
 DIMS = [(D, torch.bfloat16) for D in (32, 64, 80, 96, 128, 256)] + [(D, torch.float32) for D in (64, 256)]

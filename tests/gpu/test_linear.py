@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 SHAPES = (
     [(96, 64), (65, 72), (256, 320)] if INTERPRETED else [(96, 64), (65, 72), (4096, 4096), (1000, 5000), (33, 24)]
 )
-ROWS = (1, 2, 7, 16, 17, 33) if INTERPRETED else (1, 2, 7, 16, 17, 32, 33, 48, 64, 65, 200)
+ROWS = (1, 2, 7, 16, 17, 33) if INTERPRETED else (1, 2, 7, 16, 17, 32, 33, 48, 64, 65, 100, 200, 257)
 
 
 def exact_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -60,6 +60,24 @@ def test_gated_linear(kernels, device, rows, kind):
             gate, up = (x.double() @ w.double().T + (0 if b is None else b.double())).chunk(2, dim=-1)
             y = kernels.gated_linear(kernels.pack_linear(w, b), x, kind)
             near(y, exact_activation(gate, kind) * up, 8e-3)
+
+
+@pytest.mark.parametrize(("F", "K"), [(136, 200), (3072, 1024), (6912, 1152), (40, 64), (44, 64)])
+def test_gated_linear_of_many_rows(kernels, device, F, K):
+    """One kernel with the activation where K is short; tiles at the edges of all three dimensions."""
+    for kind in ("silu", "gelu_tanh", "gelu"):
+        for rows in (150,) if INTERPRETED else (1024, 1500, 5000):
+            x = torch.randn(rows, K, device=device).bfloat16()
+            w = (3 * torch.randn(2 * F, K, device=device) / K**0.5).bfloat16()
+            linear = kernels.pack_linear(w, None)
+            gate, up = (x.double() @ w.double().T).chunk(2, dim=-1)
+            exact = exact_activation(gate, kind) * up
+            near(kernels.gated_linear(linear, x, kind), exact, 8e-3)
+            if INTERPRETED and F == 136:
+                near(linear.gated_rows(x, kind), exact, 8e-3)
+            if INTERPRETED:
+                return
+            assert linear.fuses(x) == (F % 8 == 0 and torch.cuda.get_device_capability() == (9, 0))
 
 
 def test_rows_of_a_wider_tensor(kernels, device):
