@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from foretell.grammar.compiler import GrammarCompiler
-    from foretell.worker.device_runner import DeviceRunner, Step
+    from foretell.worker.device_runner import DeviceRunner
+    from foretell.worker.device_step import Step
 
 
 class OverlappedExecutor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foretell.kernels import triton_quantised
+from foretell.kernels import triton_codes, triton_quantised, triton_quantised_row
 from foretell.kernels.cuda_tuning import power_of_two
 from foretell.kernels.formats import WeightFormat
 from foretell.kernels.triton_common import INTERPRETED, Scratch, launch, num_multiprocessors, shared_bytes
@@ -105,7 +105,7 @@ class CudaQuantisedLinear:
         how = how or self.tiles(M, N, bool(kind), device)
         if how.block_m == 1:
             launch(
-                triton_quantised.one_quantised_row, (-(-N // how.block_n),),
+                triton_quantised_row.one_quantised_row, (-(-N // how.block_n),),
                 x, self.codes.codes, self.codes.scales, self.bias, y, N, K, kind, self.bias is not None,
                 how.block_n, how.block_k, num_warps=how.num_warps, device=device,
             )  # fmt: skip
@@ -140,7 +140,7 @@ class CudaQuantisedLinear:
         block_k = group or 256
         step = 2 * group if group else block_k
         launch(
-            triton_quantised.expand, (-(-N // 32), -(-K // step)),
+            triton_codes.expand, (-(-N // 32), -(-K // step)),
             weight, self.codes.scales, out, N, K, group, 32, block_k, num_warps=4, device=weight.device,
         )  # fmt: skip
         return out
@@ -151,7 +151,7 @@ class CudaQuantisedLinear:
         codes = torch.empty(M, K, dtype=self.format.activations, device=device)
         scales = torch.empty(M, 1, device=device)
         launch(
-            triton_quantised.round_rows, (M,),
+            triton_codes.round_rows, (M,),
             x, x.stride(0), codes, scales, K, 448.0, min(power_of_two(K), 4096), num_warps=4, device=device,
         )  # fmt: skip
         y = torch._scaled_mm(

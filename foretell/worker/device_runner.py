@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,40 +19,26 @@ from foretell.core.messages import Added, Batch, Chunk, ChunkResult
 from foretell.core.params import SamplingParams
 from foretell.kernels.base import KVLayer
 from foretell.worker.device_sampler import DrawPlan, draw_tokens
-from foretell.worker.pooling import embedding_of, pool_chunk
+from foretell.worker.device_step import Step, results_of
+from foretell.worker.pooling import pool_chunk
 from foretell.worker.prompt_logprobs import gather_prompt_logprobs
 from foretell.worker.sampler import Sampler
 from foretell.worker.state import RequestState
 from foretell.worker.step_buffers import StepBuffers, StepLayout, step_layout
 from foretell.worker.step_ends import StepEnds, step_ends
+from foretell.worker.step_words import StepWords
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from foretell.grammar.compiler import GrammarCompiler
     from foretell.model.transformer import Transformer
     from foretell.worker.cuda_graphs import StepGraphs
 
 IN_FLIGHT = 3  # blocks of pinned memory: two steps in flight, and the one being filled
-NOT_FINITE = "the model's logits are not finite: the weights or the dtype are unsuitable"
 
 
 def _read_all_rows(states: list[RequestState]) -> bool:
     """Whether somebody wants more of the model than what follows each chunk."""
     return any(state.prompt_logprobs_due or state.params.pooling for state in states)
-
-
-@dataclass(slots=True)
-class Step:
-    """A step that has been submitted: what its results will be made of."""
-
-    batch: Batch
-    states: list[RequestState]  # one per chunk
-    sampled: Tensor  # [S] pinned; -1: not finite. Valid once ``ready``
-    on_cpu: list[int] = field(default_factory=list)  # rows whose token the CPU chooses, from ``logits``
-    logits: Tensor | None = None  # [len(on_cpu), vocab] float32, pinned
-    ready: torch.cuda.Event | None = None
-    launched_seconds: float = 0.0  # CPU time of submit
 
 
 class DeviceRunner:
@@ -91,6 +74,7 @@ class DeviceRunner:
         self.states: dict[int, RequestState] = {}
         self.grammars: GrammarCompiler | None = None  # set by who knows the tokenizer
         self.slots: dict[int, int] = {}
+        self.words = StepWords(self.buffers, self.slots)
         self.free_slots = list(range(config.max_num_seqs))[::-1]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._step = 0
@@ -103,7 +87,7 @@ class DeviceRunner:
             self.graphs.release()
         self.kv.clear()
         self.states.clear()
-        del self.model, self.buffers, self.draws
+        del self.model, self.buffers, self.words, self.draws
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -127,15 +111,8 @@ class DeviceRunner:
 
     def _padding_step(self, num_seqs: int, num_tokens: int) -> None:
         layout = step_layout(num_seqs, num_tokens, self.num_groups)
-        words = self.buffers.staging_host[0].numpy()
-        words[: layout.new_blocks] = 0
-        words[layout.slots] = self.buffers.spare_slot
+        self.words.send_padding(layout)
         length = num_tokens // num_seqs
-        words[layout.query_starts] = range(0, num_tokens + 1, length)
-        blocks = -(-length // self.config.block_size)
-        for first in layout.first_new:
-            words[first] = blocks
-        self.buffers.send(0, layout.new_blocks)
         self.ends.unpack(self.buffers, layout, length, [0] * self.num_groups)
         hidden = self._hidden(layout, length, length)
         logits = self._greedy(layout, hidden if length == 1 else hidden[-1:])
@@ -182,10 +159,10 @@ class DeviceRunner:
         decode = num_tokens == len(chunks)
         if decode and self.graphs is not None and (size := self._graph_size(self.graphs, states)):
             layout = step_layout(size, size, self.num_groups)
-            self._send(layout, chunks, states, ring)
+            self.words.send(layout, chunks, states, ring)
             return self.graphs.run(size, self._decode)
         layout = step_layout(len(chunks), num_tokens, self.num_groups)
-        num_new = self._send(layout, chunks, states, ring)
+        num_new = self.words.send(layout, chunks, states, ring)
         max_query_len = max([chunk.length for chunk in chunks])
         max_kv_len = max([chunk.start + chunk.length for chunk in chunks])
         self.ends.unpack(self.buffers, layout, max_query_len, num_new)
@@ -225,74 +202,6 @@ class DeviceRunner:
         logits = self.model.logits(hidden, self.buffers.logits[: len(hidden)])
         self.ends.greedy(self.buffers, layout, logits)
         return logits
-
-    def _send(self, layout: StepLayout, chunks: list[Chunk], states: list[RequestState], ring: int) -> Sequence[int]:
-        """Fill this step's block of words and copy it; new blocks per group."""
-        words = self.buffers.staging_host[ring].numpy()
-        spare = [self.buffers.spare_slot] * (layout.num_seqs - len(chunks))
-        words[layout.slots] = [self.slots[chunk.request_id] for chunk in chunks] + spare
-        words[layout.starts] = [chunk.start for chunk in chunks] + [0] * len(spare)
-        tokens, lengths = words[layout.tokens], [chunk.length for chunk in chunks]
-        if layout.num_tokens == layout.num_seqs:
-            known = [
-                state.tokens[chunk.start] if chunk.start < state.num_tokens else -1
-                for chunk, state in zip(chunks, states, strict=True)
-            ]
-            tokens[:] = known + [0] * len(spare)
-            words[layout.query_starts] = range(layout.num_seqs + 1)
-        else:
-            self._fill_tokens(tokens, chunks, states)
-            words[layout.query_starts] = [0, *accumulate(lengths)]
-        return self._send_blocks(layout, chunks, states, ring)
-
-    @staticmethod
-    def _fill_tokens(tokens: NDArray[np.int32], chunks: list[Chunk], states: list[RequestState]) -> None:
-        at = 0
-        for chunk, state in zip(chunks, states, strict=True):
-            length, start = chunk.length, chunk.start
-            if length == 1:
-                tokens[at] = state.tokens[start] if start < state.num_tokens else -1
-            else:
-                tokens[at : at + length] = state.tokens[start : start + length]
-            at += length
-
-    def _send_blocks(
-        self, layout: StepLayout, chunks: list[Chunk], states: list[RequestState], ring: int
-    ) -> Sequence[int]:
-        """New block ids, all of one group after the other, then the copy of everything."""
-        words = self.buffers.staging_host[ring].numpy()
-        pad = [0] * (layout.num_seqs - len(chunks))
-        at, num_new = 0, []
-        for group in range(self.num_groups):
-            words[layout.first_new[group]] = [state.num_blocks[group] for state in states] + pad
-            counts, before = [0] * (layout.num_seqs + 1), at
-            for row, chunk in enumerate(chunks):
-                new = chunk.new_block_ids[group]
-                if new:
-                    counts[row + 1] = self._put_blocks(words, layout.new_blocks + at, group, states[row], new)
-                    at += counts[row + 1]
-            counts[0] = before
-            words[layout.new_starts[group]] = list(accumulate(counts)) if at > before else [before] * len(counts)
-            num_new.append(at - before)
-        self.buffers.send(ring, layout.new_blocks + at)
-        return num_new
-
-    def _put_blocks(
-        self, words: NDArray[np.int32], at: int, group: int, state: RequestState, new: Sequence[int]
-    ) -> int:
-        """Ids that travel with the step; dropped blocks (-1) are never read, any valid id will do."""
-        ids = [block if block > 0 else 0 for block in new]
-        held = state.num_blocks[group]
-        state.num_blocks[group] = held + len(new)
-        if at + len(new) > len(words):  # a very long prefix hit goes ahead of the step, on its own
-            self._write_table(group, self.slots[state.id], held, ids)
-            return 0
-        words[at : at + len(new)] = ids
-        return len(new)
-
-    def _write_table(self, group: int, slot: int, first: int, blocks: Sequence[int]) -> None:
-        ids = torch.tensor(blocks, dtype=torch.int32)
-        self.buffers.resident[group][slot, first : first + len(blocks)] = ids.to(self.device)
 
     # -- sampling -----------------------------------------------------------------------------------
 
@@ -340,28 +249,7 @@ class DeviceRunner:
         """Wait for a step; results for chunks that sample, in batch order. Steps are collected in order."""
         if step.ready is not None:
             step.ready.synchronize()
-        chosen: dict[int, ChunkResult] = {}
-        if step.logits is not None:
-            states = [step.states[row] for row in step.on_cpu]
-            chosen = dict(zip(step.on_cpu, self.sampler(step.logits, states), strict=True))
-        results = []
-        for row, (chunk, state, token) in enumerate(
-            zip(step.batch.chunks, step.states, step.sampled.tolist(), strict=True)
-        ):
-            if not chunk.sample:
-                continue
-            if state.params.pooling is not None:
-                result = ChunkResult(state.id, embedding=embedding_of(state))
-            elif row in chosen:
-                result = chosen[row]
-            else:
-                result = ChunkResult(state.id, token) if token >= 0 else ChunkResult(state.id, error=NOT_FINITE)
-            state.take(result)
-            if state.prompt_logprobs_due:
-                result.prompt_logprobs = state.prompt_logprobs
-                state.prompt_logprobs_due = False
-            results.append(result)
-        return results
+        return results_of(step, self.sampler)
 
 
 def _logits_dtype(model: Transformer) -> torch.dtype:
