@@ -108,7 +108,7 @@ def plan(
         model, what.traffic(), when.arrivals(), slo, devices, objective, tuple(profile or ()), max_model_len, most,
         any_layout, offline or None,
     )  # fmt: skip
-    made = make_plan(asked, bar=_bar)
+    made = make_plan(asked, bar=planning_bar)
     data = made.as_dict()
     if made.winner is not None:
         for path in (default_path(model), *([out] if out else [])):
@@ -117,7 +117,8 @@ def plan(
     raise typer.Exit(0 if made.winner is not None else 1)
 
 
-def _bar() -> AbstractContextManager[Any]:
+def planning_bar() -> AbstractContextManager[Any]:
+    """On a terminal; elsewhere nothing is shown."""
     from foretell.progress import points_bar
 
     return points_bar("planning") if sys.stderr.isatty() else nullcontext(lambda done, total, what: None)

@@ -43,10 +43,11 @@ def serve(
 
     chosen, replicas = engine.options(), engine.replicas
     if plan is not None:
+        from foretell.cli.plan import planning_bar
         from foretell.plan.start import start_of
 
         asked = None if model == DEFAULT_MODEL else model
-        start = start_of(plan, asked, chosen, so.ServeEngine().options(), replicas)
+        start = start_of(plan, asked, chosen, so.ServeEngine().options(), replicas, bar=planning_bar)
         model, chosen, replicas = start.model, start.options, start.replicas
         print(start.words, file=sys.stderr)
     config = ServerConfig(**reach.config(model), **limits.config())

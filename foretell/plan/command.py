@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from foretell.benchmark.commands import Asked, with_rate
 from foretell.benchmark.traffic import Arrivals, Traffic
 from foretell.config import ModelSpec
 from foretell.cost.floor import WeightBytes
+from foretell.cost.grid import FARTHEST
 from foretell.cost.hardware import BYTES_PER_ELEMENT
-from foretell.cost.named import open_profile
+from foretell.cost.named import ANALYTIC, open_profile
 from foretell.cost.profile import Profile
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError
@@ -30,7 +30,7 @@ from foretell.trace.workloads import Workload
 
 MOST_REQUESTS = 1000  # of a trace, unless told otherwise
 USUAL_REQUESTS = 200
-SHIPPED = " as shipped"
+USUAL_CHUNK = 512  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,15 @@ class PlanAsked:
     offline: bool | None = None
 
 
-def make_plan(asked: PlanAsked, *, bar: Callable[[], Any] = lambda: nullcontext(_silent)) -> Plan:
+Bar = Callable[[], AbstractContextManager[Callable[[int, int, str], None]]]
+
+
+def silent_bar() -> AbstractContextManager[Callable[[int, int, str], None]]:
+    """Nobody wants to know."""
+    return nullcontext(lambda done, total, what: None)
+
+
+def make_plan(asked: PlanAsked, *, bar: Bar = silent_bar) -> Plan:
     """``bar()``: a context that yields what hears of the progress."""
     problem = make_problem(asked)
     space = candidates(usual_choices(problem.machine, tuple(problem.profiles)))
@@ -72,8 +80,9 @@ def make_problem(asked: PlanAsked) -> Problem:
     asked.traffic.check()
     files = resolve(asked.model, offline=asked.offline)
     spec = spec_for(files)
-    profiles = open_profiles(asked, machine, spec, files.name)
     workload = build_workload(asked, spec.vocab_size)
+    longest = max(request.prompt_len + request.output_len for request in workload.requests)
+    profiles = open_profiles(asked, machine, spec, files.name, longest)
     prompts = Prompts(workload, spec.vocab_size)
     prompts.hashes(16)
     problem = Problem(
@@ -90,22 +99,28 @@ def make_problem(asked: PlanAsked) -> Problem:
     return problem
 
 
-def _silent(done: int, total: int, what: str) -> None:
-    """Nobody wants to know."""
-
-
-def open_profiles(asked: PlanAsked, machine: Machine, spec: ModelSpec, name: str) -> dict[str, Profile]:
-    """By how the weights are kept. ConfigError where two are of the same kind, or differ in the cache's dtype."""
+def open_profiles(
+    asked: PlanAsked, machine: Machine, spec: ModelSpec, name: str, longest: int = 1
+) -> dict[str, Profile]:
+    """By how the weights are kept. A device's own measurements give way to its data sheet where they do not reach to
+    requests of ``longest`` tokens. ConfigError where two are of the same kind, or differ in the cache's dtype."""
     wanted: Sequence[str | None] = asked.profiles or (None if machine.key == "cpu" else machine.key,)
     found: dict[str, Profile] = {}
     for one in wanted:
         profile = open_profile(one, spec, model=name)
+        if not asked.profiles and one is not None and _excess(profile, longest) > FARTHEST:
+            profile = open_profile(ANALYTIC + one, spec, model=name)
         if profile.weight_format in found:
             raise ConfigError(f"two profiles are of {profile.weight_format} weights: give one for each format")
         found[profile.weight_format] = profile
     if len({profile.dtype for profile in found.values()}) > 1:
         raise ConfigError("the profiles differ in the KV cache's dtype: plan for one dtype at a time")
     return found
+
+
+def _excess(profile: Profile, longest: int) -> float:
+    """Doublings by which a request of so many tokens leaves what was measured, decoded or prefilled in chunks."""
+    return max(profile.decode_rate.excess(1, longest), profile.prefill_rate.excess(USUAL_CHUNK, longest))
 
 
 def build_workload(asked: PlanAsked, vocab_size: int) -> Workload:

@@ -46,6 +46,8 @@ def report(plan: Plan) -> Iterator[str]:
     outcome = found.outcomes[plan.winner]
     yield ""
     yield f"winner: {found.candidates[plan.winner]}"
+    if plan.profile.get("source") == "analytic":
+        yield "by the device's data sheet: nothing of it was measured, or not with requests as long as these"
     yield verdict(goal, outcome)
     yield ""
     yield figures(plan)

@@ -21,16 +21,19 @@ from foretell.config import ModelSpec, SchedulerConfig
 from foretell.core.messages import Batch, Chunk
 from foretell.cost.grid import Curve, Surface
 from foretell.cost.links import Link
+from foretell.cost.named import own_path
 from foretell.cost.profile import Profile
 from foretell.cost.ranks import StageCost, consecutive_decodes, stage_profile, stage_traffic
 from foretell.cost.step import StepCost
 from foretell.errors import ConfigError, ForetellError
 from foretell.executor.staged import StagedExecutor
 from foretell.executor.virtual import VirtualExecutor, synthetic_run, synthetic_token
+from foretell.model.load import spec_for
 from foretell.options import EngineOptions
 from foretell.parallel.layout import make_layout, possible_layouts
 from foretell.parallel.volume import volume
 from foretell.plan import plan as plans
+from foretell.plan import start
 from foretell.plan.command import default_path
 from foretell.plan.evaluate import TERMS, evaluate
 from foretell.plan.fleet import Prompts, serve
@@ -45,11 +48,17 @@ from foretell.plan.space import Candidate, Choices, candidates
 from foretell.plan.start import start_of
 from foretell.plan.words import report
 from foretell.plan.workers import Workers
+from foretell.store import resolve
 from foretell.trace.arrivals import arrival_times
 from foretell.trace.workloads import TraceRequest, Workload
 
 SPEC = ModelSpec("llama", 4, 64, 128, 4, 2, 16, 100, 4096, (None,) * 4)
 LINK = Link("a wire", 2e-4, 1e9)
+TINY = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
 CANDIDATE = Candidate("bfloat16", 1, 1, 1, "mixed", 8, 256, 0, 0.9, True)
 
 
@@ -471,12 +480,7 @@ def test_the_command_plans_for_a_data_sheet_and_keeps_what_it_found(
     monkeypatch.setenv("FORETELL_HOME", str(tmp_path / "home"))
     folder, out, svg = tmp_path / "tiny", tmp_path / "plan.json", tmp_path / "plan.svg"
     folder.mkdir()
-    config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(TINY))
     told = ["plan", str(folder), "--devices", "2xL4", "--rate", "50", "--num-requests", "6", "--input-len", "20-90",
             "--output-len", "4-9", "--slo", "ttft_p99=1,tpot_p99=0.1", "--out", str(out), "--svg", str(svg),
             "--explain", "--most", "12"]  # fmt: skip
@@ -487,7 +491,7 @@ def test_the_command_plans_for_a_data_sheet_and_keeps_what_it_found(
         "bound by",
         "CPU processes only",
         "weights",
-        "would be the same run",
+        "the same run",
     ):
         assert words in result.output
     assert svg.read_text().startswith("<svg")
@@ -496,3 +500,21 @@ def test_the_command_plans_for_a_data_sheet_and_keeps_what_it_found(
     assert json.loads(as_json.output)["winner"]["pp"] == 1
     refused = CliRunner().invoke(app, ["plan", str(folder), "--devices", "abacus"])
     assert refused.exit_code != 0
+
+
+def test_auto_makes_a_plan_once_and_starts_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORETELL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(start, "MOST", 4)
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY))
+    usual = {**Engine().options(), "device": "cpu"}
+    with pytest.raises(ConfigError, match="calibrate this model"):  # nothing that ships is like it
+        start_of("auto", str(folder), usual, usual)
+    replace(profile(), model="tiny", spec=spec_for(resolve(str(folder)))).save(own_path("tiny"))
+    begun = start_of("auto", str(folder), usual, usual)
+    EngineOptions(model=begun.model, **begun.options)
+    assert begun.words.startswith("plan for random: 100 requests")
+    assert "another machine" not in begun.words
+    own_path("tiny").unlink()
+    assert start_of("auto", str(folder), usual, usual) == begun  # it was kept: nothing is planned again
