@@ -15,7 +15,7 @@ from foretell.config import Activation, ModelSpec
 from foretell.kernels import triton_elementwise
 from foretell.kernels.base import Linear
 from foretell.kernels.cuda_attention import CudaAttention
-from foretell.kernels.cuda_linear import CudaLinear
+from foretell.kernels.cuda_linear import MANY_ROWS, CudaLinear
 from foretell.kernels.cuda_quantised import CudaQuantisedLinear
 from foretell.kernels.cuda_tuning import power_of_two
 from foretell.kernels.formats import FORMATS
@@ -74,13 +74,15 @@ class CudaKernels(CudaAttention):
         add: bool,
     ) -> None:  # fmt: skip
         C = x.shape[-1]
-        block = 1 << (C.bit_length() - 1)
-        if x.numel() > 0:
+        rows, block, rest, per_warp = x.numel() // max(C, 1), power_of_two(C), 1, 512
+        if rows >= MANY_ROWS and not self.batch_invariant:  # no idle lanes, though a second sum to wait for
+            block, per_warp = 1 << (C.bit_length() - 1), 256
+            rest = power_of_two(max(C - block, 1))
+        if rows > 0:
             launch(
-                triton_elementwise.rms_norm, (x.numel() // C,),
+                triton_elementwise.rms_norm, (rows,),
                 x, y, weight, weight if y_weight is None else y_weight, normed, sums, C, eps, add,
-                y_weight is not None, block, power_of_two(max(C - block, 1)),
-                num_warps=min(max(block // 256, 1), 8), device=x.device,
+                y_weight is not None, block, rest, num_warps=min(max(block // per_warp, 1), 8), device=x.device,
             )  # fmt: skip
 
     def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:

@@ -127,10 +127,11 @@ class _Calls:
         return layer
 
     def between(self) -> None:
-        x, weight = self.empty(2, self.spec.hidden_size), self.empty(self.spec.hidden_size, dtype=torch.float32)
-        if self.spec.norm == "rms":
+        C = self.spec.hidden_size
+        weight = self.empty(C, dtype=torch.float32)
+        behind = weight if self.spec.norm_placement == "sandwich" else None
+        for x in (self.empty(2, C), self.empty(MANY_ROWS, C)) if self.spec.norm == "rms" else ():
             self.kernels.rms_norm(x, weight, 1e-5)
-            behind = weight if self.spec.norm_placement == "sandwich" else None
             self.kernels.add_rms_norm(x, x, weight, 1e-5, behind)
         if self.spec.gated_mlp:
             self.kernels.gated_activation(self.empty(2, 2 * self.spec.intermediate_size), self.spec.activation)
