@@ -101,11 +101,10 @@ class DeviceRunner:
     def peak_bytes(self) -> tuple[int, int]:
         """Device memory that the largest step takes beside weights, cache and static buffers: of any kind, and of
         one token for each sequence. Measured by running them, as padding, which also loads what they need."""
-        config, before = self.config, torch.cuda.memory_allocated(self.device)
-        peaks = []
-        for seqs, tokens in ((1, self.config.max_num_batched_tokens), (config.max_num_seqs, config.max_num_seqs)):
+        before, peaks = torch.cuda.memory_allocated(self.device), []
+        for seqs, length in (largest_step(self.config), (self.config.max_num_seqs, 1)):
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._padding_step(seqs, min(tokens, config.max_model_len) if seqs == 1 else tokens)
+            self._padding_step(seqs, seqs * length)
             peaks.append(torch.cuda.max_memory_allocated(self.device) - before)
         return max(peaks), peaks[1]
 
@@ -115,7 +114,7 @@ class DeviceRunner:
         length = num_tokens // num_seqs
         self.ends.unpack(self.buffers, layout, length, [0] * self.num_groups)
         hidden = self._hidden(layout, length, length)
-        logits = self._greedy(layout, hidden if length == 1 else hidden[-1:])
+        logits = self._greedy(layout, hidden[-num_seqs:])
         params = SamplingParams(temperature=1.0, top_p=0.9)
         plan, width = self.draws.send(0, [(row, params, 0) for row in range(num_seqs)], self.vocab_size)
         draw_tokens(logits, plan, width)
@@ -250,6 +249,13 @@ class DeviceRunner:
         if step.ready is not None:
             step.ready.synchronize()
         return results_of(step, self.sampler)
+
+
+def largest_step(config: SchedulerConfig) -> tuple[int, int]:
+    """Sequences of a step of the most tokens that there can be, and the tokens of each: as few and long as may be."""
+    most = config.max_num_batched_tokens
+    seqs = min(-(-most // config.max_model_len), config.max_num_seqs)
+    return seqs, min(most // seqs, config.max_model_len)
 
 
 def _logits_dtype(model: Transformer) -> torch.dtype:

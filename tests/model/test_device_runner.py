@@ -19,7 +19,7 @@ from foretell.core.params import SamplingParams
 from foretell.executor.overlapped import OverlappedExecutor
 from foretell.executor.replay import ReplayExecutor, replay
 from foretell.worker.cuda_graphs import Work, graph_sizes
-from foretell.worker.device_runner import DeviceRunner
+from foretell.worker.device_runner import DeviceRunner, largest_step
 from foretell.worker.kv import allocate
 from tests.model.loading import load
 from tests.model.test_whatever_happens_around import POLICIES, PROMPT_COUNT, expected, requests, run
@@ -234,3 +234,24 @@ def test_graph_sizes_hold_every_number_of_sequences_and_waste_little() -> None:
         for count in range(9, most + 1):
             assert min(s for s in sizes if s >= count) <= 1.9 * count
     assert len(graph_sizes(512)) < 50
+
+
+@given(seqs=st.integers(1, 8), tokens=st.integers(1, 600), length=st.integers(1, 128))
+def test_the_largest_step_has_as_many_tokens_as_any(seqs: int, tokens: int, length: int) -> None:
+    tokens = max(tokens, seqs)
+    config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length)
+    count, each = largest_step(config)
+    assert count <= seqs
+    assert each <= length
+    possible = min(tokens, seqs * length)
+    assert possible - count < count * each <= possible
+
+
+@pytest.mark.parametrize(("seqs", "tokens", "length"), [(8, 64, 16), (2, 64, 16), (8, 64, 64), (8, 8, 1)])
+def test_a_step_of_padding_is_like_any(seqs: int, tokens: int, length: int) -> None:
+    """Its memory is what the plan for a GPU is made of: it must run for any shape."""
+    config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length, block_size=4)
+    executor: Any = make_engine(config, 40, [], padded=False).executor
+    count, each = largest_step(config)
+    executor.runner._padding_step(count, count * each)
+    assert executor.runner.buffers.kv_lens[:count].tolist() == [each] * count
