@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -10,6 +11,11 @@ from foretell.cli import options as o
 from foretell.cli import serve_options as so
 from foretell.cli.groups import grouped
 from foretell.store.aliases import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from foretell.plan.again import PlanWatch
+    from foretell.server.engine_client import EngineClient
+    from foretell.server.replicas import ReplicaSet
 
 
 @grouped
@@ -52,7 +58,7 @@ def serve(
         print(start.words, file=sys.stderr)
     config = ServerConfig(**reach.config(model), **limits.config())
     options = EngineOptions(model=model, **chosen)
-    resolve(model, offline=options.offline)  # with its download bar, and before anything else is loaded
+    files = resolve(model, offline=options.offline)  # with its download bar, and before anything else is loaded
     from foretell.cli.serve_report import StartReport
     from foretell.server import logs
     from foretell.server.run import serve as serve_until_told
@@ -61,6 +67,16 @@ def serve(
     tracer = tracer_for(watching.otlp_traces_endpoint)
     logs.configure(watching.log_format, watching.log_level)
     report = StartReport(model, config)
+    plans: list[PlanWatch] = []
+
+    def ready(client: EngineClient | ReplicaSet, url: str) -> None:
+        report.ready(client, url)
+        if plan is not None:
+            from foretell.plan.again import PlanWatch
+
+            plans.append(PlanWatch(start.path, files.name, client.stats))
+            plans[0].start()
+
     try:
         status = serve_until_told(
             options,
@@ -70,9 +86,11 @@ def serve(
             watch=watch,
             observers=(logs.AccessLog(),) if tracer is None else (logs.AccessLog(), tracer),
             on_phase=report.phase,
-            on_ready=report.ready,
+            on_ready=ready,
         )
     finally:
+        for watching_plan in plans:
+            watching_plan.end()
         if tracer is not None:
             tracer.close()
     sys.stdout.flush()

@@ -28,6 +28,11 @@ def own_path(model: str) -> Path:
     return cache_home() / "profiles" / f"{name}.json"
 
 
+def refitted_path(model: str) -> Path:
+    """Where the live check keeps what its steps say the calibration should be."""
+    return own_path(model).with_suffix(".refitted.json")
+
+
 def open_profile(
     name: str | Path | None,
     spec: ModelSpec,

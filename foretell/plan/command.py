@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from foretell.benchmark.commands import Asked, with_rate
@@ -66,6 +66,8 @@ def make_plan(asked: PlanAsked, *, bar: Bar = silent_bar) -> Plan:
     with bar() as report:
         found = search(problem, space, processes=usable_cpus(), most=asked.most, report=report)
     plan = conclude(problem, found, model=asked.model)
+    plan.asked = asdict(asked)
+    plan.asked["traffic"]["trace"] = None if asked.traffic.trace is None else str(asked.traffic.trace)
     if plan.winner is not None:
         plan.engine["dtype"] = engine_dtype(found.candidates[plan.winner].weights)
     return plan

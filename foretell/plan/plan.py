@@ -41,6 +41,7 @@ class Plan:
     low: Outcome | None = None
     high: Outcome | None = None
     profile: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)  # what the command was told
 
     @property
     def winner(self) -> int | None:
@@ -83,6 +84,7 @@ class Plan:
             "objective": self.goal.objective,
             "limits": {limit.name: limit.seconds for limit in self.goal.limits},
             "profile": self.profile,
+            "asked": self.asked,
             "winner": None if self.winner is None else self._described(self.winner),
             "predicted": {name: {"value": v, "low": low, "high": high} for name, v, low, high in self.predicted()},
             "memory": None if self.winner is None else asdict(found.ledgers[self.winner]),

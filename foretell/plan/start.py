@@ -12,6 +12,7 @@ from foretell.benchmark.traffic import Arrivals, Traffic
 from foretell.errors import ConfigError
 from foretell.plan.command import Bar, PlanAsked, default_path, make_plan, make_problem, silent_bar
 from foretell.plan.plan import load, save
+from foretell.store.aliases import DEFAULT_MODEL
 
 AUTO = "auto"
 # What ``auto`` plans for where no plan was made yet: conversations, read as they are written
@@ -23,12 +24,13 @@ MOST = 64  # configurations simulated: a server is waited for
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """``options`` of the engine, without the model; ``words``: what was planned, in one line."""
+    """``options`` of the engine, without the model; ``words``: what was planned, in one line; ``path``: where."""
 
     model: str
     options: dict[str, Any]
     replicas: int
     words: str
+    path: Path
 
 
 def start_of(
@@ -43,7 +45,8 @@ def start_of(
     """``plan``: a file, or "auto" for the last plan of this model, made now if there is none. ``chosen`` are the
     engine options asked for, ``usual`` those that nobody asked for. ConfigError where both the plan and the user say
     something, and not the same. ``bar()``: a context that yields what hears of the planning, if there is any."""
-    data = _auto(model, chosen, bar) if plan == AUTO else load(Path(plan))
+    path = _auto(model or DEFAULT_MODEL, chosen, bar) if plan == AUTO else Path(plan)
+    data = load(path)
     if model is not None and model != data["model"]:
         raise ConfigError(f"the plan is for {data['model']}: leave {model} out, or plan for it")
     engine = {name: value for name, value in data["engine"].items() if value is not None}
@@ -55,15 +58,13 @@ def start_of(
     if clashes:
         options = ", ".join("--" + name.replace("_", "-") for name in clashes)
         raise ConfigError(f"the plan decides on {options}: leave that out, or plan again")
-    return Start(data["model"], {**chosen, **engine}, data["replicas"], _words(data))
+    return Start(data["model"], {**chosen, **engine}, data["replicas"], _words(data), path)
 
 
-def _auto(model: str | None, chosen: Mapping[str, Any], bar: Bar) -> dict[str, Any]:
+def _auto(model: str, chosen: Mapping[str, Any], bar: Bar) -> Path:
     """The last plan for the model, or a new one for the usual traffic: on the GPU where the engine would take one."""
     from foretell.store import resolve
-    from foretell.store.aliases import DEFAULT_MODEL
 
-    model = model or DEFAULT_MODEL
     path = default_path(model)
     if not path.is_file():
         devices = _devices(str(chosen.get("device", "auto")))
@@ -81,7 +82,7 @@ def _auto(model: str | None, chosen: Mapping[str, Any], bar: Bar) -> dict[str, A
         if made.winner is None:
             raise ConfigError(f"no configuration of {model} can be run here: foretell plan --explain says why")
         save({**made.as_dict(), "substitute": bool(asked.profiles)}, path)
-    return load(path)
+    return path
 
 
 def _devices(device: str) -> str:

@@ -27,6 +27,7 @@ from foretell.server.commands import Commands
 
 if TYPE_CHECKING:
     from foretell.core.engine import Engine
+    from foretell.cost.watch import StepWatch
 
 OnPhase = Callable[[str, float], None]
 Build = Callable[[dict[str, Any], OnPhase], "tuple[Engine, wire.Ready]"]
@@ -230,7 +231,7 @@ def build(options: dict[str, Any], on_phase: OnPhase) -> tuple[Engine, wire.Read
     watcher = assembly.engine.watcher
     foretold: dict[str, float] = {}
     if isinstance(watcher, StepWatch):
-        watcher.on_wrong = lambda watch: say(f"the prediction: {watch.words()}")
+        watcher.on_wrong = drifted
         foretold = rates_foretold(watcher.profile, assembly.engine.scheduler.config)
     return assembly.engine, wire.Ready(
         model=made.model,
@@ -250,6 +251,19 @@ def build(options: dict[str, Any], on_phase: OnPhase) -> tuple[Engine, wire.Read
         phases=assembly.phases,
         foretold=foretold,
     )
+
+
+def drifted(watch: StepWatch) -> None:
+    """Say that the profile is wrong, and keep beside the calibration what it should be."""
+    from foretell.cost.named import refitted_path
+
+    path = refitted_path(watch.profile.model)
+    try:
+        watch.refitted().save(path)
+        kept = f"; as it is now it is kept in {path}"
+    except OSError as error:
+        kept = f"; {path} cannot be written: {error.strerror}"
+    say(f"the prediction: {watch.words()}{kept}")
 
 
 def one_line(error: BaseException) -> str:

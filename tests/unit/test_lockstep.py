@@ -169,7 +169,7 @@ def compare(setup: dict[str, Any]) -> Run:
     return many
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(setups())
 def test_the_same_batches_blocks_tokens_and_times(setup: dict[str, Any]) -> None:
     compare(setup)

@@ -129,7 +129,7 @@ def setups(draw: Any) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(setups())
 def test_the_same_batches_blocks_tokens_and_times(setup: dict[str, Any]) -> None:
     single, many = simulate(setup, run_ahead=False), simulate(setup, run_ahead=True)
