@@ -45,15 +45,15 @@ from foretell.plan.space import Candidate, Choices, candidates
 from foretell.trace.metrics import summarize
 
 BAR = 0.97
-TRAFFIC = {  # prompt and output lengths
-    "chat": ("32-256", "32-128"),
-    "summarise": ("256-1024", "16-48"),
-    "write": ("16-64", "96-192"),
+TRAFFIC = {  # prompt and output lengths: short, so that a run of some seconds has many requests
+    "chat": ("16-96", "8-32"),
+    "summarise": ("128-384", "4-12"),
+    "write": ("8-24", "32-64"),
 }
 SITUATIONS = {  # load, of what the simulator says is possible; limits, in multiples of one request alone
-    "light, tight": (0.5, 6.0, 2.5),
-    "heavy, tight": (0.9, 10.0, 4.0),
-    "heavy, loose": (0.95, 25.0, 8.0),
+    "light, tight": (0.5, 3.0, 2.0),
+    "heavy, tight": (0.9, 6.0, 3.0),
+    "heavy, loose": (0.95, 15.0, 6.0),
 }
 PEERS: dict[
     str, tuple[PolicyName, int, int]
