@@ -27,7 +27,8 @@ from foretell.benchmark.traffic import Arrivals, Traffic
 from foretell.config import SchedulerConfig
 from foretell.core.engine import Engine
 from foretell.core.fast_forward import FastEngine
-from foretell.core.lockstep import GroupBatch, LockstepScheduler, Together
+from foretell.core.group import GroupBatch, Together
+from foretell.core.lockstep import LockstepScheduler
 from foretell.core.messages import Batch, Chunk, Turn
 from foretell.core.scheduler import Scheduler
 from foretell.cpus import usable_cpus
@@ -112,20 +113,20 @@ def telling(digest: Digest, *, fast: bool) -> fleet.MakeEngine:
             return super()._submitted(batch)
 
     class Listed(LockstepScheduler):
-        def group(self, part: Together) -> list[Chunk]:
-            members = sorted([*self.members.values(), *part.leavers], key=lambda member: member.request.key)
+        def everybody(self, part: Together) -> list[Chunk]:
+            members = sorted([*self.group.members.values(), *part.leavers], key=lambda member: member.request.key)
             return [self.chunk(member, part.step) for member in members]
 
         def step_alone(self) -> Together | None:
             part = super().step_alone()
             if part is not None:
-                digest.add(self.group(part))
+                digest.add(self.everybody(part))
             return part
 
         def _submitted(self, batch: Batch) -> Turn:
             chunks = list(batch.chunks)
             if isinstance(batch, GroupBatch) and (part := batch.together) is not None:
-                chunks[part.at : part.at] = self.group(part)
+                chunks[part.at : part.at] = self.everybody(part)
             digest.add(chunks)
             return super()._submitted(batch)
 

@@ -9,7 +9,8 @@ from typing import Protocol
 from foretell.config import SchedulerConfig
 from foretell.core.ahead import closed_turns
 from foretell.core.engine import Engine
-from foretell.core.lockstep import GroupBatch, LockstepScheduler, Together, Voice
+from foretell.core.group import GroupBatch, Together
+from foretell.core.lockstep import LockstepScheduler, Voice
 from foretell.core.messages import Turn
 from foretell.executor.base import Executor
 
@@ -64,7 +65,7 @@ class FastEngine(Engine):
             if part is None or flying.batch.chunks:
                 return None
         scheduler.gather()
-        if not 0 < len(scheduler.members) <= scheduler.config.max_num_batched_tokens:
+        if not 0 < len(scheduler.group.members) <= scheduler.config.max_num_batched_tokens:
             return None
         turns = scheduler.quiet_turns()
         if turns <= 0 or (turns := min(turns, closed_turns(scheduler))) <= 0:
@@ -81,13 +82,13 @@ class FastEngine(Engine):
         count, steps, began = 0, 0, now
         seconds: Iterator[float] = iter(())
         first = scheduler.turn
-        while scheduler.turn - first < turns and scheduler.members:
+        while scheduler.turn - first < turns and scheduler.group.members:
             if flying is not None and end > limit:
                 break
-            if len(scheduler.members) != count:
+            if len(scheduler.group.members) != count:
                 clock.decoded(count, steps, end - began)
-                count, steps, began = len(scheduler.members), 0, end
-                seconds = clock.decode_seconds(count, scheduler.kv_tokens)
+                count, steps, began = len(scheduler.group.members), 0, end
+                seconds = clock.decode_seconds(count, scheduler.group.kv_tokens)
             after = end + next(seconds)
             if flying is None and after > limit:
                 break

@@ -10,13 +10,11 @@ dissolved into ordinary requests for some turns.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from foretell.core.ahead import FOREVER
-from foretell.core.messages import Batch, Chunk, ChunkResult, Output, Result, Turn
+from foretell.core.group import Group, GroupBatch, Member, Together, in_order
+from foretell.core.messages import Chunk, ChunkResult, Output, Result, Turn
 from foretell.core.plan import Plan
 from foretell.core.request import Request, State
 from foretell.core.scheduler import Scheduler
@@ -37,42 +35,6 @@ class Voice(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class Member:
-    """A request that came after step ``joined`` of the group, when the next position to compute was ``base``; step
-    ``due`` brings its last token."""
-
-    request: Request
-    joined: int
-    base: int
-    due: int
-
-    def start(self, step: int) -> int:
-        """The position that a step computes."""
-        return self.base + step - self.joined - 1
-
-
-@dataclass(slots=True)
-class Together:
-    """The group's part of a batch: its ``step``-th, of ``count`` sequences with ``kv_tokens`` keys together, the last
-    one for ``leavers``. It stands after the first ``at`` chunks of the batch."""
-
-    step: int
-    at: int
-    count: int
-    kv_tokens: int
-    leavers: list[Member]
-
-
-@dataclass(slots=True)
-class GroupBatch(Batch):
-    """A batch with one more token for each member. ``told``: what comes of those that were members when it was
-    submitted and are no more."""
-
-    together: Together | None = None
-    told: list[ChunkResult] = field(default_factory=list)
-
-
 class _Place:
     """Stands for all members in the order of a turn: before any other request of its rank."""
 
@@ -89,19 +51,13 @@ class LockstepScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         if self.windowed or not (self.depth == 1 or (self.depth == 2 and self.chain)):
             raise RuntimeError("decodes go in lockstep without sliding windows and pipelines only")
-        self.members: dict[int, Member] = {}
+        self.group = Group(self.config.block_size)
         self.loose: dict[int, Request] = {}
-        self.scheduled = self.returned = 0  # steps of the group
-        self.kv_tokens = 0  # keys of all members together, at their next step
-        self._phases: list[dict[int, Member]] = [{} for _ in range(self.config.block_size)]
-        self._due: list[int] = []  # steps in which members end, a heap
-        self._due_at: dict[int, list[Member]] = {}
         self._scheduled_turn = self._returned_turn = 0
         self._oldest = 0  # no member was passed over for longer than since this turn
         self._apart_until = 0
         self._place: Any = _Place()
         self._now = 0.0
-        self._leavers: list[Member] = []  # of the last step that was planned
         self._planned: tuple[Together, Plan] | None = None  # of the turn that is being decided
 
     # -- joining and leaving -------------------------------------------------------------------------
@@ -119,7 +75,7 @@ class LockstepScheduler(Scheduler):
             return
         overdue = turn - self.config.starvation_turns
         ready = [request for request in self.loose.values() if self._is_ready(request)]
-        if any(r.last_turn <= overdue for r in ready) or (self.members and self._oldest <= overdue):
+        if any(r.last_turn <= overdue for r in ready) or (self.group.members and self._oldest <= overdue):
             self.dissolve()
             return
         for request in ready:
@@ -131,21 +87,9 @@ class LockstepScheduler(Scheduler):
         return not request.pending or len(request.tokens) + request.pending < request.max_total_tokens
 
     def _join(self, request: Request) -> None:
-        due = self.scheduled + request.max_total_tokens - len(request.tokens) - request.pending
-        member = Member(request, self.scheduled, request.planned, due)
-        self._oldest = min(self._oldest, request.last_turn) if self.members else request.last_turn
-        self.members[request.id] = member
+        self._oldest = min(self._oldest, request.last_turn) if self.group.members else request.last_turn
+        self.group.join(request)
         del self.loose[request.id]
-        self.kv_tokens += request.planned + 1
-        self._phase(request.planned, 1)[request.id] = member
-        if due not in self._due_at:
-            self._due_at[due] = []
-            heapq.heappush(self._due, due)
-        self._due_at[due].append(member)
-
-    def _phase(self, position: int, ahead: int) -> dict[int, Member]:
-        """The members that compute this position, or one a whole number of blocks from it, ``ahead`` steps on."""
-        return self._phases[(position - self.scheduled - ahead) % self.config.block_size]
 
     def dissolve(self) -> None:
         """Make ordinary requests of the members, as if they had been so all along."""
@@ -154,7 +98,7 @@ class LockstepScheduler(Scheduler):
         if self._planned is not None:
             parts.append(self._planned[0])
         leavers = [member for part in parts for member in part.leavers]
-        everybody = sorted([*self.members.values(), *leavers], key=_key)
+        everybody = sorted([*self.group.members.values(), *leavers], key=in_order)
         for member in everybody:
             self._release(member)
         for batch in flying:
@@ -168,25 +112,20 @@ class LockstepScheduler(Scheduler):
             plan.chunks[part.at : part.at] = self._chunks(part, everybody)
             plan.max_seqs += part.count
             self._planned = None
-        self.members.clear()
-        self._due.clear()
-        self._due_at.clear()
-        for phase in self._phases:
-            phase.clear()
-        self.kv_tokens, self._leavers = 0, []
+        self.group.clear()
         if everybody:
             self._apart_until = max(self._apart_until, self.turn + APART)
 
     def _release(self, member: Member) -> None:
-        request, last = member.request, min(self.scheduled, member.due)
+        request, last = member.request, min(self.group.scheduled, member.due)
         self._catch_up(member)
         request.planned = member.start(last) + 1
-        outstanding = max(0, last - max(self.returned, member.joined))
+        outstanding = max(0, last - max(self.group.returned, member.joined))
         request.pending += outstanding
         request.in_flight += outstanding
-        if self.scheduled > member.joined:
+        if self.group.scheduled > member.joined:
             request.last_turn = max(request.last_turn, self._scheduled_turn)
-        if self.returned > member.joined:
+        if self.group.returned > member.joined:
             request.last_turn = max(request.last_turn, self._returned_turn)
         self.loose[request.id] = request
         planned = self._planned is not None and member.joined < self._planned[0].step <= member.due  # not submitted
@@ -194,9 +133,9 @@ class LockstepScheduler(Scheduler):
 
     def _catch_up(self, member: Member) -> None:
         """Give the request the tokens that have come back."""
-        if self.returned > member.joined:
+        if self.group.returned > member.joined:
             request = member.request
-            known = member.start(min(self.returned, member.due)) + 2
+            known = member.start(min(self.group.returned, member.due)) + 2
             request.tokens += self.voice.output_tokens(request.id, request.num_outputs, known - request.prompt_len)
 
     def _chunks(self, part: Together, members: list[Member]) -> list[Chunk]:
@@ -223,16 +162,16 @@ class LockstepScheduler(Scheduler):
 
     def _ranked_running(self) -> list[tuple[int, tuple[int, int], Request]]:
         ranked = self._ranked(self.loose.values())
-        if self.members:
+        if self.group.members:
             ranked.append((self.policy.decode_rank, self._place.key, self._place))
         return ranked
 
     def _try_plan(self, request: Request, plan: Plan) -> bool:
         if request is not self._place:
             return super()._try_plan(request, plan)
-        if self.members and plan.prefill and not self.policy.mixes:
+        if self.group.members and plan.prefill and not self.policy.mixes:
             return False
-        if self.members and plan.blocked_from is None and len(self.members) <= plan.budget:
+        if self.group.members and plan.blocked_from is None and len(self.group.members) <= plan.budget:
             part = self.step(len(plan.chunks))
         else:
             part = None
@@ -272,29 +211,17 @@ class LockstepScheduler(Scheduler):
 
     def step(self, at: int) -> Together | None:
         """Plan the group's next step, a token of every member. Without blocks for that: None, nothing is changed."""
-        takers = self._phases[-(self.scheduled + 1) % self.config.block_size]
+        takers = self.group.takers()
         if takers:
             pools, wanted = self.blocks.pools, len(takers)
             for pool in pools:
                 if len(pool.free) < wanted:
                     return None
-            for member in sorted(takers.values(), key=_key) if wanted > 1 else takers.values():
+            for member in sorted(takers.values(), key=in_order) if wanted > 1 else takers.values():
                 for table, pool in zip(member.request.blocks, pools, strict=True):
                     table += pool.take(1)
-        self.scheduled = step = self.scheduled + 1
-        part = Together(step, at, len(self.members), self.kv_tokens, [])
-        self.kv_tokens += part.count
         self._scheduled_turn = self._oldest = self.turn
-        if self._due and self._due[0] == step:
-            heapq.heappop(self._due)
-            part.leavers = sorted(self._due_at.pop(step), key=_key)
-            for member in part.leavers:
-                del self.members[member.request.id]
-                next_start = member.start(step) + 1
-                self.kv_tokens -= next_start + 1
-                del self._phase(next_start, 1)[member.request.id]
-        self._leavers = part.leavers
-        return part
+        return self.group.advance(at)
 
     def step_alone(self) -> Together | None:
         """A whole turn in which there is nothing but the group's step; None if there are no blocks for that."""
@@ -329,11 +256,11 @@ class LockstepScheduler(Scheduler):
 
     def take_back(self, part: Together) -> list[Output]:
         """A step of the group has come back. News of those alone whom it ends."""
-        self.returned = step = part.step
+        self.group.returned = step = part.step
         self._returned_turn = self.turn
         self.counters.generation_tokens += part.count
         if self.blocks.caching:
-            for member in sorted(self._publishers(part), key=_key):
+            for member in sorted(self.group.filled(part), key=in_order):
                 self._catch_up(member)
                 self.blocks.publish(member.request, member.start(step) + 1)
         outputs = []
@@ -345,17 +272,6 @@ class LockstepScheduler(Scheduler):
             super().finish(request.id, "length")
             outputs.append(Output(request.id, request.tokens[-1], finish_reason="length", progress=request.progress))
         return outputs
-
-    def _publishers(self, part: Together) -> Iterator[Member]:
-        """Whose block this step has filled."""
-        size = self.config.block_size
-        filled = self._phases[-(part.step + 1) % size].values()
-        yield from (member for member in filled if member.joined < part.step)
-        # with two batches in flight some have left since, at the step after this one
-        left = part.leavers if self._leavers is part.leavers else [*part.leavers, *self._leavers]
-        for member in left:
-            if member.joined < part.step and (member.start(part.step) + 1) % size == 0:
-                yield member
 
     # -- requests in and out, one by one -------------------------------------------------------------
 
@@ -384,7 +300,3 @@ class LockstepScheduler(Scheduler):
     ) -> None:
         super()._finish_admission(request, first_blocks, plan, now)
         self.loose[request.id] = request
-
-
-def _key(member: Member) -> tuple[int, int]:
-    return member.request.key

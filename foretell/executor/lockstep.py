@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from foretell.core.lockstep import GroupBatch
+from foretell.core.group import GroupBatch
 from foretell.core.messages import Batch, Chunk, Result
 from foretell.executor.virtual import VirtualExecutor, synthetic_run
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from foretell.config import SchedulerConfig
 from foretell.core.engine import Engine
 from foretell.core.fast_forward import FastEngine
-from foretell.core.lockstep import GroupBatch, LockstepScheduler, Together
+from foretell.core.group import GroupBatch, Together
+from foretell.core.lockstep import LockstepScheduler
 from foretell.core.messages import Batch, Chunk, Turn
 from foretell.core.params import SamplingParams
 from foretell.core.scheduler import Scheduler
@@ -36,7 +37,7 @@ class Listed(LockstepScheduler):
         self.stepped = self.alone = self.dissolved = 0
 
     def _group(self, part: Together) -> list[Any]:
-        members = sorted([*self.members.values(), *part.leavers], key=lambda member: member.request.key)
+        members = sorted([*self.group.members.values(), *part.leavers], key=lambda member: member.request.key)
         self.stepped += 1
         return [told(self.chunk(member, part.step)) for member in members if member.joined < part.step]
 
@@ -55,7 +56,7 @@ class Listed(LockstepScheduler):
         return super()._submitted(batch)
 
     def dissolve(self) -> None:
-        self.dissolved += bool(self.members)
+        self.dissolved += bool(self.group.members)
         super().dissolve()
 
 
@@ -217,7 +218,7 @@ def test_who_may_stop_at_a_token_is_no_member() -> None:
     while engine.has_work:
         assert engine.fast_forward() is None
         engine.step()
-        assert not engine.scheduler.members
+        assert not engine.scheduler.group.members
 
 
 def test_an_abort_ends_a_member_with_what_it_had() -> None:
