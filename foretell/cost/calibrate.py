@@ -8,6 +8,7 @@ for prefill attention. What a component takes is the difference to the step with
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from foretell.cost.grid import Curve, Surface
 from foretell.cost.heldout import with_held_out
 from foretell.cost.machine import device_key, machine_name
 from foretell.cost.profile import Profile, attended
-from foretell.cost.stepping import PIECE, Shape, StepBench, decodes, rows
+from foretell.cost.stepping import PIECE, Pace, Shape, StepBench, decodes, rows
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError
 
@@ -34,6 +35,8 @@ Pairs = tuple[tuple[int, int], ...]
 Key = tuple[int, ...]  # a point of the grid
 Job = tuple[str, Key, Callable[[], float | None]]  # component, point, how to measure it
 ROUNDS = 3
+ROUNDS_SECONDS = 150.0  # rounds after the first end then, complete or not
+LOOK_EVERY = 3  # points between two looks at how fast the machine is
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +56,8 @@ class Grid:
 
 
 CPU_GRID = Grid(
-    tokens=(
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-        8,
-        10,
-        12,
-        13,
-        16,
-        24,
-        32,
-        48,
-        64,
-        128,
-        256,
-        512,
-        1024,
-        2048,
-    ),  # kernels have tiles of 6
+    # kernels have tiles of 6
+    tokens=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048),
     rows=(1, 2, 4, 6, 7, 8, 12, 13, 16, 32, 64),
     decode=tuple((n, keys) for n in (1, 4, 16, 64) for keys in (64, 512, 2048, 8192)),
     prefill=tuple((length, start) for length in (32, 128, 512, 1024) for start in (0, 512, 2048, 6144)),
@@ -93,7 +75,7 @@ DEVICE_GRID = Grid(
 
 
 def calibrate(llm: LLM, report: Report = lambda done, total, what: None, grid: Grid | None = None) -> Profile:
-    """Some three minutes. Runs in the engine's own thread; the engine serves nobody meanwhile."""
+    """Some three minutes, five at most. Runs in the engine's own thread; the engine serves nobody meanwhile."""
     bench = StepBench(llm)
     grid = grid or (CPU_GRID if bench.device is None else DEVICE_GRID)
     measuring = _Measuring(bench, grid, lambda done, what: report(done, grid.points + grid.held_out, what))
@@ -111,12 +93,14 @@ class _Measuring:
     """The grid, component by component, in the engine's thread.
 
     Every point is measured once in each of several rounds, and has the median of them: who else uses the machine for
-    a minute is met by all points in one round, not by some in all.
+    a minute is met by all points in one round, not by some in all. A reference step between them tells how fast the
+    machine is at the moment, and what was measured while it was slower counts for less.
     """
 
     def __init__(self, bench: StepBench, grid: Grid, report: Callable[[int, str], None]) -> None:
         self.bench = bench
         self.grid = grid
+        self.pace = Pace(bench)
         self._report = report
 
     def profile(self, llm: LLM) -> Profile:
@@ -158,22 +142,25 @@ class _Measuring:
             graph_sizes=tuple(getattr(graphs, "sizes", ())),
             num_threads=threads,
             eager_seconds=statistics.median(bench.launches) if graphs and bench.launches else 0.0,
+            reference_seconds=self.pace.usual,
         )
 
     def _measured(self, jobs: Sequence[Job]) -> dict[str, dict[Key, float]]:
         """By component and point; points that do not fit, or take too long, are left out."""
-        rounds = ROUNDS if self.bench.device is None else 1
-        values: dict[tuple[str, Key], list[float]] = {}
+        rounds, begun = ROUNDS if self.bench.device is None else 1, time.monotonic()
+        values: dict[tuple[str, Key], list[tuple[float, float]]] = {}
         for done in range(rounds):
             for number, (what, key, measure) in enumerate(jobs):
                 self._report(round((done + number / len(jobs)) * self.grid.points / rounds), what)
-                if done and (what, key) not in values:
+                late = time.monotonic() - begun > ROUNDS_SECONDS
+                if done and (late or (what, key) not in values):
                     continue
+                pace = self.pace.look() if number % LOOK_EVERY == 0 else self.pace.last
                 if (seconds := measure()) is not None:
-                    values.setdefault((what, key), []).append(seconds)
+                    values.setdefault((what, key), []).append((seconds, pace))
         found: dict[str, dict[Key, float]] = {"decode linear": {}, **{what: {} for what, _, _ in jobs}}
         for (what, key), own in values.items():
-            found[what][key] = statistics.median(own)
+            found[what][key] = statistics.median(self.pace.steady(seconds, pace) for seconds, pace in own)
         return found
 
     def _jobs(self) -> list[Job]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,13 @@ from foretell.cost.floor import ChunkShape
 from foretell.cost.profile import Kind, Profile
 from foretell.cost.refit import fitted_scales
 from foretell.cost.step import Estimate, StepCost
-from foretell.cost.stepping import Shape, StepBench
+from foretell.cost.stepping import Pace, Shape, StepBench
 
 if TYPE_CHECKING:
     from foretell.llm import LLM
 
 LONGEST = 4096
+MOST_SECONDS = 80.0  # spent on steps held out
 FEWEST_OF_A_KIND = 8  # for an interval of their own
 
 
@@ -43,14 +45,18 @@ def with_held_out(
 ) -> Profile:
     """The profile fitted to every other one of ``count`` random steps, with the errors of the rest."""
     bench, cost = StepBench(llm), StepCost(profile)
+    pace = Pace(bench, profile.reference_seconds)
     found: list[tuple[Shape, Estimate, float]] = []
 
     def run(engine: object) -> None:
+        begun = time.monotonic()
         for number, shape in enumerate(random_shapes(llm, count, most_seqs)):
+            if time.monotonic() - begun > MOST_SECONDS:
+                break
             report(number, "steps held out")
-            seconds = bench.wall_seconds(shape)
+            look, seconds = pace.look(), bench.wall_seconds(shape)
             if seconds is not None:
-                found.append((shape, cost.estimate(shape), seconds))
+                found.append((shape, cost.estimate(shape), pace.steady(seconds, look)))
 
     llm.service.call(run).result()
     scales = fitted_scales([(estimate, seconds) for _, estimate, seconds in found[::2]])

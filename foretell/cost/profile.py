@@ -14,6 +14,7 @@ from foretell.errors import ConfigError
 VERSION = 2
 Origin = Literal["measured", "scaled", "analytic"]
 Kind = Literal["decode", "prefill"]  # of a step: one token for each sequence, or any other
+ADDED = {"reference_seconds"}  # fields that profiles of this version may lack
 CURVES, SURFACES = ("linear", "head", "host"), ("decode_rate", "prefill_rate")
 
 
@@ -59,6 +60,9 @@ class Profile:
     graph_sizes: tuple[int, ...] = ()
     eager_seconds: float = 0.0
     num_threads: int = 0  # of a CPU; 0 where that says nothing
+    reference_seconds: float = (
+        0.0  # of the step that tells how fast the machine is (cost.stepping.REFERENCE); 0: none
+    )
 
     def interval(self, kind: Kind) -> tuple[float, float]:
         return self.intervals.get(kind, (self.low, self.high))
@@ -91,7 +95,8 @@ class Profile:
         if not isinstance(data, dict) or data.get("version") != VERSION:
             raise ConfigError(f"the profile {name} is of another version: run foretell calibrate again")
         try:
-            values: dict[str, Any] = {one.name: data[one.name] for one in fields(cls)}
+            values: dict[str, Any] = {one.name: data[one.name] for one in fields(cls) if one.name not in ADDED}
+            values["reference_seconds"] = data.get("reference_seconds", 0.0)
             values |= {name: Curve.from_dict(data[name]) for name in CURVES}
             values |= {name: Surface.from_dict(data[name]) for name in SURFACES}
             own = data["decode_linear"]

@@ -1,8 +1,9 @@
 """Steps made to order on the engine's own worker, timed: what calibration measures with.
 
-On the CPU a step is timed by the clock or, of an engine of one thread, by that thread's CPU time, which others on the
-machine do not lengthen. On a device it is timed by the device's own events, behind a pause that lets the CPU launch
-ahead: so what is timed is the device's work, and launching is timed apart.
+On the CPU a step is timed by the clock, and again while its threads had to wait for a processor (``cost.quiet``); of
+an engine of one thread by that thread's CPU time, which others on the machine do not lengthen. On a device it is
+timed by the device's own events, behind a pause that lets the CPU launch ahead: so what is timed is the device's
+work, and launching is timed apart.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from foretell.core.messages import Added, Batch, Chunk
 from foretell.core.params import SamplingParams
 from foretell.cost.floor import ChunkShape
+from foretell.cost.quiet import Sample, undisturbed, waited_seconds
 from foretell.errors import ConfigError
 from foretell.executor.local import LocalExecutor
 from foretell.executor.overlapped import OverlappedExecutor
@@ -30,9 +32,12 @@ if TYPE_CHECKING:
 
 PIECE = 16  # tokens of each sequence where attention shall not count
 MOST_PIECES = 32  # on a device, which has a head for each of them
+REFERENCE = (4, 256)  # sequences, keys of each: the decode step that tells how fast the machine is at the moment
+SAME_PACE = 0.03  # repeated reference steps differ by about as much on a quiet machine
 FIRST_ID = 1 << 40  # no request of the engine has such an id
 POINT_SECONDS, FEWEST, MOST = 0.1, 3, 60  # spent on one point at a time, and between how many runs
-SLOW_SECONDS = 0.5  # a point that one run takes longer for is not run again
+PATIENCE = 3.0  # times as long is spent on a point that others on the machine disturb
+SLOW_SECONDS = 0.5  # a point that one run takes longer for is not run again, unless it was disturbed
 LONGEST_SECONDS = 3.0  # a point that one run takes longer for is left out
 EAGER_SECONDS, GRAPH_SECONDS = 0.02, 0.002  # to launch a step of kernels, before the first is timed; of a graph
 CYCLES_PER_SECOND = 1.8e9  # of a device's clock, roughly: the pause need not be exact
@@ -55,6 +60,33 @@ def decodes(count: int, keys: int) -> Shape:
     return tuple(ChunkShape(keys - 1, 1) for _ in range(count))
 
 
+class Pace:
+    """How fast the machine is from moment to moment, by a reference step beside what is measured."""
+
+    def __init__(self, bench: StepBench, usual: float = 0.0) -> None:
+        """``usual``: the reference step's seconds in a profile; else the median of the looks so far."""
+        self._bench = bench
+        self._looks: list[float] = []
+        self._usual = usual
+
+    def look(self) -> float:
+        self._looks.append(self._bench.reference_seconds())
+        return self.last
+
+    @property
+    def last(self) -> float:
+        return self._looks[-1]
+
+    @property
+    def usual(self) -> float:
+        return self._usual or (statistics.median(self._looks) if self._looks else 0.0)
+
+    def steady(self, seconds: float, look: float) -> float:
+        """What would have taken so long at the usual pace; as it is where the pace was as usual, give or take."""
+        slower = look / self.usual if look and self.usual else 1.0
+        return seconds if abs(slower - 1) < SAME_PACE else seconds / slower
+
+
 class StepBench:
     """Runs steps of given shapes on a worker, whose cache it fills with numbers first."""
 
@@ -75,6 +107,7 @@ class StepBench:
         # one thread's own CPU time is what the step takes of an idle machine, whoever else runs on this one
         alone = self.device is None and llm.assembly.options.num_threads == 1
         self._clock = time.thread_time if alone else time.perf_counter
+        self._by_clock = self.device is None and not alone
         self.launches: list[float] = []  # CPU seconds that launching each eager step took, on a device
         self._next_id = FIRST_ID
 
@@ -111,6 +144,11 @@ class StepBench:
         found = self.side_by_side(shape)
         return None if found is None else found[0]
 
+    def reference_seconds(self) -> float:
+        """Of a small decode step that is always the same: how fast the machine is at the moment. 0 on a device, whose
+        clock is its own, and where its keys do not fit."""
+        return 0.0 if self.device is not None else self.seconds(decodes(*REFERENCE)) or 0.0
+
     def wall_seconds(self, shape: Shape) -> float | None:
         """The same with its launching, should that take longer than the device's work."""
         before, seconds = len(self.launches), self.seconds(shape)
@@ -129,15 +167,33 @@ class StepBench:
         if self.device is not None and sum(map(len, shapes)) > self.max_seqs:
             return self._one_by_one(shapes)
         with self._requests(shapes) as (firsts, again):
-            warm = [self._timed(first) for first in firsts]
-            if max(warm) > SLOW_SECONDS:
-                return None if max(warm) > LONGEST_SECONDS else warm
-            times: list[list[float]] = [[] for _ in shapes]
-            until = time.perf_counter() + POINT_SECONDS
-            while len(times[0]) < FEWEST or (time.perf_counter() < until and len(times[0]) < MOST):
-                for own, batch in zip(times, again, strict=True):
-                    own.append(self._timed(batch))
-            return [statistics.median(own) for own in times]
+            warm = self._sample(firsts)
+            if max(warm.seconds) > LONGEST_SECONDS:
+                return None
+            slow = max(warm.seconds) > SLOW_SECONDS
+            samples, fewest = [warm] if slow else [], 1 if slow else FEWEST
+            begun = time.perf_counter()
+            while not self._enough(samples, fewest, time.perf_counter() - begun):
+                samples.append(self._sample(again))
+            kept = undisturbed(samples, fewest)
+            return [statistics.median(own) for own in zip(*(sample.seconds for sample in kept), strict=True)]
+
+    def _enough(self, samples: list[Sample], fewest: int, spent: float) -> bool:
+        quiet = sum(sample.quiet for sample in samples)
+        if fewest == 1:
+            return quiet > 0 or len(samples) >= 2
+        late = spent >= PATIENCE * POINT_SECONDS or len(samples) >= MOST
+        return len(samples) >= fewest and (late or (spent >= POINT_SECONDS and quiet >= fewest))
+
+    def _sample(self, batches: list[Batch]) -> Sample:
+        """One run of each, in turn, and how much they were disturbed."""
+        seconds, waited = [], 0.0
+        for batch in batches:
+            before = waited_seconds() if self._by_clock else 0.0
+            seconds.append(self._timed(batch))
+            if self._by_clock:
+                waited = max(waited, (waited_seconds() - before) / seconds[-1])
+        return Sample(tuple(seconds), waited)
 
     def _one_by_one(self, shapes: tuple[Shape, ...]) -> list[float] | None:
         """For want of slots: one after the other, which a device's steady times allow."""
