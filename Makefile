@@ -1,13 +1,14 @@
 # make run   - set up, fetch the default model, answer a prompt
 # make test  - set up and run the tests
 # make soak  - two minutes of mixed load, twenty kills of the engine, twice: what is too long for every run
+# make cluster-test - two hosts in network namespaces, and a link that is cut: needs root and ip
 # make check - format, lint, strict types, tests and two minutes of mixed load: what CI runs
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= Explain in three sentences why the sky is blue.
 
-.PHONY: run test soak soak-short check lint types setup setup-dev clean
+.PHONY: run test soak soak-short cluster-test check lint types setup setup-dev clean
 
 run: setup
 	@$(BIN)/foretell run "$(PROMPT)"
@@ -20,6 +21,10 @@ soak: setup-dev
 
 soak-short: setup-dev
 	@$(BIN)/python -m pytest -m slow tests/server/test_campaigns.py -k two_minutes
+
+cluster-test: setup-dev
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[cluster]"
+	@$(BIN)/python -m pytest -m cluster -s tests/cluster
 
 check: lint types test soak-short
 

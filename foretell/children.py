@@ -20,21 +20,24 @@ def start_child(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket
     Call it from a thread that lives as long as the child may: Linux counts the death of that thread as the parent's.
     """
     ours, theirs = socket.socketpair()
-    # the child finds this very package, however it came to be importable here
-    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), PARENT_VARIABLE: str(os.getpid())}
     try:
         with theirs:
             process = subprocess.Popen(
                 [*command, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env=child_environment(),
             )
     except BaseException:
         ours.close()
         raise
     return process, ours
+
+
+def child_environment() -> dict[str, str]:
+    """Ours, and what lets a child find this very package, however it came to be importable here, and its parent."""
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), PARENT_VARIABLE: str(os.getpid())}
 
 
 def python_module(name: str) -> list[str]:

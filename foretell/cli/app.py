@@ -8,6 +8,7 @@ import typer
 
 from foretell.cli.bench import bench_app
 from foretell.cli.chat import chat
+from foretell.cli.cluster import cluster_app
 from foretell.cli.foresee import calibrate, simulate
 from foretell.cli.guard import Commands, guarded
 from foretell.cli.inspect import inspect
@@ -54,6 +55,7 @@ app.command("models")(guarded(models))
 app.command("inspect")(guarded(inspect))
 app.command("run-batch")(guarded(run_batch))
 app.add_typer(bench_app, name="bench")
+app.add_typer(cluster_app, name="cluster")
 app.command("calibrate")(guarded(calibrate))
 app.command("simulate")(guarded(simulate))
 app.command("plan")(guarded(plan))

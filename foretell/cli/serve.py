@@ -24,6 +24,7 @@ def serve(
     limits: so.Limits,
     health: so.Health,
     engine: so.ServeEngine,
+    on_cluster: so.OnCluster,
     watching: so.Watching,
     model: o.Model = DEFAULT_MODEL,
     plan: so.Plan = None,
@@ -39,9 +40,10 @@ def serve(
       foretell serve gemma3-270m --port 8080 --max-num-seqs 32
       foretell serve ./my-model --host 0.0.0.0 --api-key-file keys.txt
       foretell serve --plan plan.json
+      foretell serve --cluster auto --replicas 2 --max-replicas 4
       curl http://127.0.0.1:8000/v1/models
     """
-    so.check_seconds(reach, limits, health)
+    so.check_seconds(reach, limits, health, on_cluster)
     watch = health.watch()
     from foretell.assembly import EngineOptions
     from foretell.server.config import ServerConfig
@@ -83,6 +85,7 @@ def serve(
             config,
             drain_seconds=reach.drain_seconds,
             replicas=replicas,
+            cluster=on_cluster.maker(options, replicas, config.max_queue, watch),
             watch=watch,
             observers=(logs.AccessLog(),) if tracer is None else (logs.AccessLog(), tracer),
             on_phase=report.phase,

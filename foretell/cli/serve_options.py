@@ -13,9 +13,13 @@ from foretell.cli import options as o
 from foretell.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from foretell.assembly import EngineOptions
+    from foretell.server.replicas import ReplicaSet
     from foretell.server.supervisor import Watch
 
-_SERVER, _LIMITS, _WATCHING, _ENGINE = "Server", "Limits", "Watching", "Engine"
+_SERVER, _LIMITS, _WATCHING, _ENGINE, _CLUSTER = "Server", "Limits", "Watching", "Engine", "Cluster"
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,54 @@ class ServeEngine(o.Engine):
         options = super().options()
         del options["replicas"]
         return options
+
+
+@dataclass(frozen=True)
+class OnCluster:
+    """Engines on the hosts of a Ray cluster."""
+
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS|auto|local",
+            help="On a Ray cluster's hosts; auto: the one that this host is in; local: one of its own.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Up to so many replicas when requests queue.", rich_help_panel=_CLUSTER),
+    ] = None
+    scale_up_seconds: Annotated[
+        float, typer.Option(min=1, help="A queue that lasts so long brings a replica.", rich_help_panel=_CLUSTER)
+    ] = 10.0
+    scale_down_seconds: Annotated[
+        float, typer.Option(min=1, help="A load that long too small takes one away.", rich_help_panel=_CLUSTER)
+    ] = 120.0
+
+    def maker(
+        self, options: EngineOptions, replicas: int, max_queue: int, watch: Watch
+    ) -> Callable[[], ReplicaSet] | None:
+        """What makes the engines; None without a cluster."""
+        if self.cluster is None:
+            if self.max_replicas is not None:
+                raise ConfigError(
+                    "--max-replicas needs --cluster: on one machine there are as many as --replicas says"
+                )
+            return None
+        from foretell.cluster.replicas import ClusterReplicas
+
+        address = self.cluster
+        return lambda: ClusterReplicas(
+            options,
+            address,
+            least=replicas,
+            most=self.max_replicas or replicas,
+            max_queue=max_queue,
+            watch=watch,
+            up_seconds=self.scale_up_seconds,
+            down_seconds=self.scale_down_seconds,
+        )
 
 
 @dataclass(frozen=True)

@@ -84,4 +84,4 @@ def _foretold(figures: dict[str, float], most: int) -> list[tuple[str, str]]:
 def _copies(client: EngineClient | ReplicaSet) -> str:
     """How many engines there are, of which the figures are one's."""
     count = len(getattr(client, "replicas", ()))
-    return f"; {count} replicas, each of them:" if count else ""
+    return f"; {count} replicas, each of them:" if count > 1 else ""

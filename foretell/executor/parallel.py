@@ -12,9 +12,7 @@ import select
 import selectors
 import shutil
 import socket
-import subprocess
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,14 +20,15 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import TYPE_CHECKING
 
-from foretell.children import python_module, start_child
 from foretell.core.messages import Batch, Result
 from foretell.core.params import SamplingParams
 from foretell.errors import ForetellError
 from foretell.executor.prepare import Preparing
 from foretell.parallel.layout import Layout
+from foretell.parallel.meeting import Meeting, RankProcess, start_here
 from foretell.parallel.messages import (
     Beat,
     Channel,
@@ -63,12 +62,13 @@ class Rank:
     """What the driver knows of one rank."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: RankProcess
     channel: Channel
     phase: str = "starting"
     heard: float = field(default_factory=time.monotonic)
     ready: Ready | None = None
     lost: str = ""  # why, once it is
+    host: str = ""  # another one than the driver's
 
 
 class ParallelExecutor:
@@ -83,8 +83,9 @@ class ParallelExecutor:
         num_blocks: tuple[int, ...],
         *,
         progress: Callable[[str], None] | None = None,
+        meeting: Meeting | None = None,
     ) -> None:
-        """``setup(rank, store_url)``: what that rank is told first."""
+        """``setup(rank, store_url)``: what that rank is told first. ``meeting``: where ranks of other hosts come."""
         self.layout, self.num_blocks, self.depth = layout, num_blocks, layout.pp
         self._preparing = Preparing()
         self._sampling_rank = next(
@@ -101,21 +102,26 @@ class ParallelExecutor:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
         self._folder = Path(tempfile.mkdtemp(prefix="foretell-ranks-"))
+        self._meeting = meeting
+        store_url = f"file://{self._folder}/store" if meeting is None else meeting.open_store()
         self.ranks: list[Rank] = []
         self._closed = False
         try:
             for rank in range(layout.num_ranks):
-                self._start(rank, setup(rank, f"file://{self._folder}/store"))
+                self._start(rank, setup(rank, store_url))
             self._load(progress)
         except BaseException:
             self.close()
             raise
 
     def _start(self, number: int, setup: Setup) -> None:
-        # Linux takes the death of the thread that starts a process for the parent's: only the main thread stays
-        tied = threading.current_thread() is threading.main_thread()
-        process, ours = start_child([*python_module("foretell.parallel.rank"), "tied" if tied else "free"])
-        rank = Rank(str(self.layout.place(number)), process, Channel(ours, ToDriver))
+        name, host = str(self.layout.place(number)), ""
+        if self._meeting is None:
+            process, ours = start_here()
+        else:
+            process, ours = self._meeting.wait_for(number, name)
+            host = self._meeting.hosts[number]
+        rank = Rank(name, process, Channel(ours, ToDriver), host=host)
         self.ranks.append(rank)
         self._selector.register(ours, selectors.EVENT_READ, rank)
         rank.channel.send(setup)
@@ -189,12 +195,14 @@ class ParallelExecutor:
                 rank.channel.send(Stop())
         deadline = time.monotonic() + 2.0
         for rank in self.ranks:
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(TimeoutExpired):
                 rank.process.wait(max(0.0, deadline - time.monotonic()))
         self._kill()
         self._selector.close()
         for rank in self.ranks:
             rank.channel.close()
+        if self._meeting is not None:
+            self._meeting.close()
         self._wake_in.close()
         self._wake_out.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -222,7 +230,7 @@ class ParallelExecutor:
                 self._hear(rank, message)
         except (EOFError, OSError):
             self._selector.unregister(rank.channel.sock)
-            rank.lost = rank.lost or "died"
+            rank.lost = rank.lost or ("died or is cut off" if rank.host else "died")
 
     def _hear(self, rank: Rank, message: object) -> None:
         match message:
@@ -236,6 +244,8 @@ class ParallelExecutor:
                 self._preparing.end(number, error, later=later)
             case Done(batch_id, results, started, finished, parts):
                 sent, _ = self._sent.pop(batch_id)
+                if self._meeting is not None:  # another host's clock: only the time between is worth something
+                    started, finished = self.now - (finished - started), self.now
                 self._slowest = max(self._slowest, finished - sent)
                 for result in results:
                     if result.token_id is not None and result.request_id in self._tokens:
@@ -267,7 +277,8 @@ class ParallelExecutor:
         rank = (killed or silent or lost)[0]
         code = rank.process.poll()
         what = f"was ended by signal {-code}" if code is not None and code < 0 else rank.lost
-        return f"{rank.name} of host {socket.gethostname()} {what}; it was at: {rank.phase}"
+        host = rank.host or socket.gethostname()
+        return f"{rank.name} of host {host} {what}; it was at: {rank.phase}"
 
     def _fail(self, reason: str) -> None:
         self._kill()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 if TYPE_CHECKING:
     from foretell.parallel.layout import Layout, Place
@@ -35,12 +36,17 @@ class Communicator:
     """The torch.distributed groups of one rank in a layout. ``timeout_seconds`` bounds every collective."""
 
     def __init__(self, layout: Layout, place: Place, store_url: str, *, backend: str, timeout_seconds: float) -> None:
+        seconds, store = timedelta(seconds=timeout_seconds), None
+        if store_url.startswith("tcp://"):  # the driver's, of whichever host; files are of one host
+            host, port = store_url.removeprefix("tcp://").rsplit(":", 1)
+            store, store_url = TCPStore(host, int(port), is_master=False, timeout=seconds), ""
         dist.init_process_group(
             backend,
-            init_method=store_url,
+            init_method=store_url or None,
+            store=store,
             rank=place.rank,
             world_size=layout.num_ranks,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=seconds,
         )
         self.layout, self.place = layout, place
         self.size, self.shard = layout.tp, place.shard

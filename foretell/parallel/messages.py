@@ -35,6 +35,7 @@ class Setup(msgspec.Struct, tag=True):
     store_url: str
     backend: str
     timeout_seconds: float
+    offline: bool | None = True
 
 
 class Step(msgspec.Struct, tag=True):
@@ -100,7 +101,7 @@ ToDriver = Ready | Done | Prepared | Beat | Failed
 
 
 class Channel:
-    """One end of a socket pair. ``send`` may be called from several threads."""
+    """One end of a connection. ``send`` may be called from several threads."""
 
     def __init__(self, sock: socket.socket, incoming: Any) -> None:
         self.sock = sock

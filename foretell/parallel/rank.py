@@ -1,6 +1,7 @@
 """One rank: a process that holds its share of the model and computes its part of every batch.
 
-Started by ``ParallelExecutor``; the last argument is the number of its end of a socket pair.
+Started by ``ParallelExecutor``; the last argument is the number of its end of a socket pair. Or by a slot on some
+host of a cluster: then it is "dial", and the environment says where.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ class Heart:
             time.sleep(BEAT_SECONDS)
 
 
-def main(fd: int, *, tied: bool) -> int:
+def main(fd: int | None, *, tied: bool) -> int:
     """``tied``: the driver's death ends this process at once, not only when its heart finds nobody listening."""
     if tied:
         die_with_parent()
-    channel = Channel(socket.socket(fileno=fd), ToRank)
+    channel = Channel(dialled() if fd is None else socket.socket(fileno=fd), ToRank)
     heart = Heart(channel)
     try:
         setup = channel.receive()
@@ -75,6 +76,13 @@ def main(fd: int, *, tied: bool) -> int:
             channel.send(Failed(f"{heart.phase}: {type(error).__name__}: {first_line(error)}"))
         return 1
     return 0
+
+
+def dialled() -> socket.socket:
+    """The connection to a driver that may be on another host."""
+    from foretell.cluster.slot import dial_from_environment
+
+    return dial_from_environment()
 
 
 def load(setup: Setup, heart: Heart) -> tuple[StageRunner, Ready]:
@@ -101,7 +109,7 @@ def load(setup: Setup, heart: Heart) -> tuple[StageRunner, Ready]:
     phases["import torch"] = time.perf_counter() - started
     heart.phase = "meeting the other ranks"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    files = resolve(setup.model, offline=True)
+    files = resolve(setup.model, offline=setup.offline)
     spec = spec_for(files)
     layout = make_layout(spec, setup.tp, setup.pp)
     place = layout.place(setup.rank)
@@ -184,4 +192,4 @@ def first_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[2]), tied=sys.argv[1] == "tied"))
+    sys.exit(main(None if sys.argv[2] == "dial" else int(sys.argv[2]), tied=sys.argv[1] == "tied"))

@@ -8,6 +8,7 @@ from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError
 from foretell.executor.parallel import ParallelExecutor, ready_of
 from foretell.parallel.layout import make_layout, rank_parameters
+from foretell.parallel.meeting import Meeting
 from foretell.parallel.messages import Setup
 from foretell.worker.kv import plan_blocks
 
@@ -30,10 +31,14 @@ def start_parallel(
     kv_bytes: int,
     memory_bytes: int,
 ) -> ParallelExecutor:
-    """Ranks on this machine, ``kv_bytes`` of KV cache and ``memory_bytes`` of free memory shared by all of them.
+    """Ranks on this machine, or those that slots on a cluster's hosts started to come here; ``kv_bytes`` of KV cache
+    and ``memory_bytes`` of free memory are shared by all of them.
 
     ConfigError, before anything is loaded, for a layout that the model or the memory does not allow."""
     layout = make_layout(spec, options.tp, options.pp)
+    meeting = Meeting.from_environment()
+    if meeting is not None:
+        memory_bytes = meeting.memory_bytes
     needed = sum(rank_parameters(spec, layout)) * element_bytes
     if options.dtype != "auto" and needed > memory_bytes:
         raise ConfigError(
@@ -46,7 +51,7 @@ def start_parallel(
 
     def setup(rank: int, store_url: str) -> Setup:
         return Setup(
-            model=str(files.path),
+            model=str(files.path) if meeting is None else options.model,
             load_format=options.load_format,
             dtype=dtype,
             kernels=options.kernels,
@@ -62,9 +67,10 @@ def start_parallel(
             store_url=store_url,
             backend="gloo",
             timeout_seconds=COLLECTIVE_SECONDS,
+            offline=True if meeting is None else options.offline,
         )
 
-    return ParallelExecutor(layout, setup, num_blocks)
+    return ParallelExecutor(layout, setup, num_blocks, meeting=meeting)
 
 
 def weights_of(executor: ParallelExecutor) -> tuple[int, str, str]:

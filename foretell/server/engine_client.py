@@ -22,9 +22,9 @@ from foretell.cost.operations import kv_bytes
 from foretell.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
 from foretell.prompts import Prompt, PromptPreparer
 from foretell.server import wire
-from foretell.server.engine_port import EnginePort, wire_options
+from foretell.server.engine_port import EnginePort, turn_back, wire_options
 from foretell.server.mailbox import Mailbox
-from foretell.server.supervisor import ENGINE_COMMAND, Listener, Supervisor, Watch
+from foretell.server.supervisor import ENGINE_COMMAND, Launch, Listener, Supervisor, Watch, launch_here
 from foretell.server.text_engine import EngineAbout
 from foretell.store import load_tokenizer, resolve
 from foretell.tracking import Tracker, Tracking, Update
@@ -53,12 +53,15 @@ class EngineClient:
         max_queue: int = 1024,
         watch: Watch | None = None,
         command: Sequence[str] = ENGINE_COMMAND,
+        launch: Launch | None = None,
     ) -> None:
         self.options = options
         self.max_queue = max_queue
         self.tokenizer: Tokenizer | None = None
         self._listener = Listener(self._on_message, self._on_down)
-        self.supervisor = Supervisor(wire_options(options), self._listener, watch=watch, command=command)
+        self.supervisor = Supervisor(
+            wire_options(options), self._listener, watch=watch, launch=launch or launch_here(command)
+        )
         self._tracking = Tracking(EnginePort(self.supervisor), None)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="foretell-tokenizer")
         self._ids = itertools.count()
@@ -187,6 +190,9 @@ class EngineClient:
     def _on_message(self, message: wire.FromEngine) -> None:
         match message:
             case wire.Step(now, request_ids, token_ids, news):
+                if ahead := self.supervisor.clock_ahead_seconds:
+                    now -= ahead
+                    turn_back(news, ahead)
                 self._take_rest()
                 self._tracking.take(news, now)  # first tokens are among them
                 self._rest = (request_ids, token_ids, now)
@@ -255,6 +261,8 @@ class EngineClient:
             "unfinished": self._unfinished,
             "restarts": self.supervisor.restarts,
             "engine_pid": self.supervisor.pid,
+            "host": self.supervisor.host,
+            "state": self.supervisor.state,
         }
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from foretell.core.checks import check_priority
@@ -12,6 +12,7 @@ from foretell.errors import InvalidRequestError, UnavailableError
 from foretell.server import wire
 
 if TYPE_CHECKING:
+    from foretell.core.messages import Output
     from foretell.core.params import SamplingParams
     from foretell.options import EngineOptions
     from foretell.server.supervisor import Supervisor
@@ -27,6 +28,7 @@ class EnginePort:
         self, first_id: int, prompt_token_ids: list[int], params: SamplingParams, *, priority: int, arrival: float
     ) -> None:
         check_priority(priority)
+        arrival += self._supervisor.clock_ahead_seconds
         try:
             frame = wire.encode(wire.Add(first_id, prompt_token_ids, params, priority, arrival))
             wire.check_frame(frame, wire.to_engine)  # what the engine could not read would end it
@@ -39,6 +41,14 @@ class EnginePort:
             self._supervisor.send(wire.Finish(list(request_ids), reason))
         except UnavailableError:
             return  # the engine is gone, and the requests with it
+
+
+def turn_back(news: list[Output], seconds: float) -> None:
+    """From the clock of the engine's host to ours."""
+    for output in news:
+        if output.progress is not None:
+            first = output.progress.first_scheduled - seconds
+            output.progress = replace(output.progress, first_scheduled=first)
 
 
 def wire_options(options: EngineOptions) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class EngineServer:
 
     def _send_stats(self) -> None:
         self._stats_due = monotonic() + STATS_SECONDS
-        self._send(wire.Stats(self._engine.stats()))
+        self._send(wire.Stats(self._engine.stats(), monotonic()))
 
     def _send(self, message: wire.Message) -> None:
         self._connection.sendall(wire.encode(message))
@@ -273,9 +273,18 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, ForetellError) else f"{type(error).__name__}: {text}"
 
 
+def _fd(argument: str) -> int:
+    """Of the connection that was inherited, or is dialled as the environment says."""
+    if argument != "dial":
+        return int(argument)
+    from foretell.cluster.slot import dial_from_environment
+
+    return dial_from_environment().detach()
+
+
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(serve(int(sys.argv[1]), build))
+    sys.exit(serve(_fd(sys.argv[1]), build))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -155,8 +155,26 @@ class _EngineFigures(Collector):
         for reason, count in (figures.get("preemptions") or {}).items():
             reasons.add_metric([model, reason], count)
         yield reasons
+        yield from _replicas(figures.get("replicas") or (), model)
         if prediction := figures.get("prediction"):
             yield from _prediction(prediction, model)
+
+
+def _replicas(each: Sequence[Mapping[str, Any]], model: str) -> Iterable[Metric]:
+    """Where there are several engines: which of them run, and how busy they are."""
+    labels = ["model_name", "replica", "host"]
+    for name, key, text in (
+        ("replica_up", "state", "1 while the replica's engine runs"),
+        ("replica_requests_running", "running", "Requests in the replica's running batch"),
+        ("replica_requests_waiting", "waiting", "Requests that wait in the replica"),
+    ):
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=labels)
+        for number, figures in enumerate(each):
+            value = figures.get(key)
+            at = [model, str(number), str(figures.get("host") or "")]
+            gauge.add_metric(at, float(value == "running") if key == "state" else _number(value))
+        if each:
+            yield gauge
 
 
 def _prediction(figures: Mapping[str, Any], model: str) -> Iterable[Metric]:

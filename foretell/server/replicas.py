@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError, InvalidRequestError, OverloadedError, UnavailableError
 from foretell.memory import default_kv_bytes
 from foretell.routing import Beginnings, pieces_of, preference
-from foretell.server.engine_client import EngineClient
+from foretell.server.engine_client import COUNTERS, EngineClient
 from foretell.server.supervisor import ENGINE_COMMAND, Watch
 from foretell.server.text_engine import EngineAbout
 from foretell.tracking import Update
@@ -31,6 +32,23 @@ SUMMED = ("running", "waiting", "requests", "kv_blocks", "kv_blocks_held", "unfi
           "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits")  # fmt: skip
 
 
+@dataclass(eq=False, slots=True)
+class Member:
+    """One engine of a set, and what the set knows of it."""
+
+    client: EngineClient
+    beginnings: Beginnings = field(default_factory=Beginnings)
+    restarts: int = 0
+    unfinished: int = 0
+
+    def forget_if_restarted(self) -> None:
+        """A new engine process begins with an empty cache."""
+        restarts = self.client.supervisor.restarts
+        if restarts != self.restarts:
+            self.restarts = restarts
+            self.beginnings.clear()
+
+
 class ReplicaSet:
     """A ``TextEngine`` of equal engines. One that dies is restarted by its own supervisor; requests that had no
     answer yet are tried on another."""
@@ -40,11 +58,14 @@ class ReplicaSet:
     ready: wire.Ready
 
     def __init__(self, replicas: Sequence[EngineClient]) -> None:
-        self.replicas = list(replicas)
-        self._beginnings = [Beginnings() for _ in replicas]
-        self._restarts = [0] * len(self.replicas)
-        self._unfinished = [0] * len(self.replicas)
+        self.members = [Member(replica) for replica in replicas]
         self._turn = count()
+        self._departed: Counter[str] = Counter()  # what replicas counted that are here no more
+        self._departed_preemptions: Counter[str] = Counter()
+
+    @property
+    def replicas(self) -> list[EngineClient]:
+        return [member.client for member in self.members]
 
     # -- life ---------------------------------------------------------------------------------------
 
@@ -93,15 +114,15 @@ class ReplicaSet:
         """See ``TextEngine``. A replica that refuses, or dies before it said anything, is passed over."""
         pieces = pieces_of(prompt)
         refusals: list[OverloadedError | UnavailableError] = []
-        for index in self.order(pieces):
-            replica, begun = self.replicas[index], False
-            self._unfinished[index] += params.n
+        for member in self.best(pieces):
+            begun = False
+            member.unfinished += params.n
             try:
-                updates = replica.stream(prompt, params, priority=priority, timeout_seconds=timeout_seconds)
+                updates = member.client.stream(prompt, params, priority=priority, timeout_seconds=timeout_seconds)
                 async with aclosing(updates):  # type: ignore[type-var]  # an async generator, whatever its type says
                     async for update in updates:
                         if not begun:
-                            self._beginnings[index].note(pieces)
+                            member.beginnings.note(pieces)
                         begun = True
                         yield update
                 return
@@ -110,23 +131,30 @@ class ReplicaSet:
                     raise
                 refusals.append(error)
             finally:
-                self._unfinished[index] -= params.n
+                member.unfinished -= params.n
         raise next((e for e in refusals if isinstance(e, OverloadedError)), refusals[0])
 
-    def order(self, pieces: Sequence[bytes]) -> list[int]:
+    def best(self, pieces: Sequence[bytes]) -> list[Member]:
         """The replicas to try, best first: the longest cached beginning among those that are not far busier than
         the idlest; then the idlest; in turn where all is equal."""
-        self._forget_restarted()
-        best = preference(self._unfinished, lambda index: self._beginnings[index].matching(pieces), next(self._turn))
-        return sorted(best, key=lambda index: not self.replicas[index].is_running)  # stable: those that run, first
+        members = self.members
+        for member in members:
+            member.forget_if_restarted()
+        order = preference(
+            [member.unfinished for member in members],
+            lambda i: members[i].beginnings.matching(pieces),
+            next(self._turn),
+        )
+        # stable: those that run, first
+        return sorted((members[index] for index in order), key=lambda member: not member.client.is_running)
 
-    def _forget_restarted(self) -> None:
-        """A new engine process begins with an empty cache."""
-        for index, replica in enumerate(self.replicas):
-            restarts = replica.supervisor.restarts
-            if restarts != self._restarts[index]:
-                self._restarts[index] = restarts
-                self._beginnings[index].clear()
+    def remove(self, member: Member) -> None:
+        """It gets no more requests, and what it has counted until now stays in the sums."""
+        self.members = [other for other in self.members if other is not member]
+        stats = member.client.stats()
+        for name in (*COUNTERS, "restarts"):
+            self._departed[name] += stats.get(name, 0)
+        self._departed_preemptions.update(stats.get("preemptions", {}))
 
     # -- administration -----------------------------------------------------------------------------
 
@@ -151,13 +179,13 @@ class ReplicaSet:
     def stats(self) -> Mapping[str, Any]:
         """Sums over the replicas; ``kv_usage`` is the mean; ``replicas`` has each one's own."""
         each = [replica.stats() for replica in self.replicas]
-        preemptions: dict[str, int] = {}
+        preemptions = dict(self._departed_preemptions)
         for stats in each:
             for reason, number in stats.get("preemptions", {}).items():
                 preemptions[reason] = preemptions.get(reason, 0) + number
         return {
             **each[0],
-            **{name: sum(stats.get(name, 0) for stats in each) for name in SUMMED},
+            **{name: sum(stats.get(name, 0) for stats in each) + self._departed[name] for name in SUMMED},
             "kv_usage": sum(stats.get("kv_usage", 0.0) for stats in each) / len(each),
             "preemptions": preemptions,
             "replicas": each,

@@ -46,16 +46,20 @@ def serve(
     *,
     drain_seconds: float = 30.0,
     replicas: int = 1,
+    cluster: Callable[[], ReplicaSet] | None = None,
     watch: Watch | None = None,
     observers: Sequence[Observer] = (),
     on_phase: OnPhase = lambda name, seconds: None,
     on_ready: OnReady = lambda client, url: None,
     **client_options: Any,
 ) -> int:
-    """Serve until a signal ends it; returns the exit status. ForetellError if it cannot start."""
+    """Serve until a signal ends it; returns the exit status. ForetellError if it cannot start. ``cluster`` makes
+    engines on its hosts."""
     with listen(config.host, config.port) as listener:
         client: EngineClient | ReplicaSet
-        if replicas > 1:
+        if cluster is not None:
+            client = cluster()
+        elif replicas > 1:
             client = make_replicas(options, replicas, max_queue=config.max_queue, watch=watch)
         else:
             client = EngineClient(options, max_queue=config.max_queue, watch=watch, **client_options)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import subprocess
-from collections.abc import Callable, Sequence
+import socket
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from foretell.children import python_module, start_child
 from foretell.errors import ForetellError, UnavailableError
@@ -22,6 +24,41 @@ from foretell.server import wire
 log = logging.getLogger("foretell.server")
 ENGINE_COMMAND = tuple(python_module("foretell.server.engine_process"))
 State = Literal["starting", "running", "restarting", "stopped"]
+
+
+class EngineProcess(Protocol):
+    """An engine's process, here or on another host, where no exit status can be had of it."""
+
+    pid: int
+    returncode: int | None
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A process that was started, and the connection to it. ``options`` go over those of the engine; ``host``: which
+    one it is on, "" for this."""
+
+    process: EngineProcess
+    sock: socket.socket
+    options: dict[str, Any] = field(default_factory=dict)
+    host: str = ""
+
+
+Launch = Callable[[], Awaitable[Launched]]
+
+
+def launch_here(command: Sequence[str]) -> Launch:
+    """A child of this process and thread: Linux ends it with them."""
+
+    async def launch() -> Launched:
+        process, ours = start_child(command)
+        return Launched(process, ours)
+
+    return launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +91,16 @@ class Supervisor:
         listener: Listener,
         *,
         watch: Watch | None = None,
-        command: Sequence[str] = ENGINE_COMMAND,
+        launch: Launch | None = None,
     ) -> None:
         self.options = options  # of the next start
         self.state: State = "stopped"
         self.restarts = 0
         self.watch = watch or Watch()
         self._listener = listener
-        self._command = command
+        self._launch = launch or launch_here(ENGINE_COMMAND)
         self._connection: _Connection | None = None
+        self._host = ""
         self._unreaped: set[_Connection] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -111,20 +149,33 @@ class Supervisor:
 
     @property
     def pid(self) -> int | None:
-        return self._connection.process.pid if self._connection is not None else None
+        return self._connection.launched.process.pid if self._connection is not None else None
+
+    @property
+    def host(self) -> str:
+        """Where the engine is, or was last; "" for this host."""
+        return self._host
+
+    @property
+    def clock_ahead_seconds(self) -> float:
+        """By how much the monotonic clock of the engine's host is ahead of ours; 0 on the same host."""
+        return self._connection.clock_ahead_seconds if self._connection is not None else 0.0
 
     # -- one engine after the other -----------------------------------------------------------------
 
     async def _start_one(self) -> tuple[_Connection, wire.Ready]:
-        connection = await _connect(self._command, self._listener)
+        connection = await _connect(await self._launch(), self._listener)
         self._unreaped.add(connection)
         try:
-            connection.send(wire.Start(self.options))
+            connection.send(wire.Start({**self.options, **connection.launched.options}))
             ready = await connection.ready
+            if connection.launched.host:
+                connection.ping()  # compares the clocks
+                await connection.compared
         except BaseException:
             await self._end(connection)
             raise
-        self._connection, self.state = connection, "running"
+        self._connection, self.state, self._host = connection, "running", connection.launched.host
         return connection, ready
 
     async def _end(self, connection: _Connection) -> None:
@@ -137,7 +188,9 @@ class Supervisor:
             self._connection, self.state = None, "restarting"
             self._listener.on_down(reason)
             await self._end(connection)
-            log.error("%s (%s); starting another", reason, how_it_ended(connection.process.returncode))
+            host, status = connection.launched.host, connection.launched.process.returncode
+            how = f"on host {host}" if host else how_it_ended(status)
+            log.error("%s (%s); starting another", reason, how)
             connection = await self._restart()
             self.restarts += 1
 
@@ -173,9 +226,12 @@ class Supervisor:
 class _Connection(asyncio.Protocol):
     """One engine process and the socket to it. ``lost`` gets the reason when the engine is gone."""
 
-    def __init__(self, process: subprocess.Popen[bytes], listener: Listener) -> None:
+    def __init__(self, launched: Launched, listener: Listener) -> None:
         loop = asyncio.get_running_loop()
-        self.process = process
+        self.launched = launched
+        self.clock_ahead_seconds = 0.0
+        self.compared: asyncio.Future[None] = loop.create_future()
+        self._comparisons: deque[tuple[float, float]] = deque(maxlen=64)  # (round trip, ahead): clocks drift
         self.ready: asyncio.Future[wire.Ready] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
         self.last_sign = loop.time()
@@ -183,7 +239,7 @@ class _Connection(asyncio.Protocol):
         self._listener = listener
         self._reader = wire.FrameReader(wire.from_engine)
         self._transport: asyncio.Transport | None = None
-        self._pinged = False
+        self._pinged: float | None = None  # when
 
     def send(self, message: wire.Message) -> None:
         self.send_frame(wire.encode(message))
@@ -194,8 +250,8 @@ class _Connection(asyncio.Protocol):
 
     def ping(self) -> None:
         """One at a time: a busy engine need not answer them all."""
-        if not self._pinged:
-            self._pinged = True
+        if self._pinged is None:
+            self._pinged = time.monotonic()
             self.send(wire.Ping())
 
     def connection_made(self, transport: Any) -> None:
@@ -222,18 +278,34 @@ class _Connection(asyncio.Protocol):
                 self.fail(f"the engine failed: {text}")
             case _:
                 if isinstance(message, wire.Stats):
-                    self._pinged = False
+                    self._compare(message.now)
                 if not self.lost.done():
                     self._listener.on_message(message)
 
+    def _compare(self, theirs: float) -> None:
+        """The two hosts' clocks, as of the ping that was answered soonest of late: at worst half its time off."""
+        if self._pinged is None:
+            return
+        sent, self._pinged = self._pinged, None
+        if self.launched.host:
+            now = time.monotonic()
+            self._comparisons.append((now - sent, theirs - (sent + now) / 2))
+            self.clock_ahead_seconds = min(self._comparisons)[1]
+            if not self.compared.done():
+                self.compared.set_result(None)
+
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self.fail("the engine died")
+        host = self.launched.host
+        self.fail(f"the engine died or its host {host} is cut off" if host else "the engine died")
 
     def fail(self, reason: str) -> None:
         """Give it up for this reason; the process is ended."""
         with suppress(ProcessLookupError):
-            self.process.kill()
+            self.launched.process.kill()
+        if not self.compared.done():
+            self.compared.set_exception(UnavailableError(reason))
+            self.compared.exception()
         if not self.lost.done():
             self.lost.set_result(reason)
         if not self.ready.done():
@@ -245,7 +317,7 @@ class _Connection(asyncio.Protocol):
         self.fail("the engine was ended")
         if self._transport is not None:
             self._transport.abort()
-        await asyncio.to_thread(self.process.wait)
+        await asyncio.to_thread(self.launched.process.wait)
 
 
 def how_it_ended(status: int | None) -> str:
@@ -258,12 +330,12 @@ def how_it_ended(status: int | None) -> str:
     return f"exit status {status}"
 
 
-async def _connect(command: Sequence[str], listener: Listener) -> _Connection:
-    process, ours = start_child(command)  # in this thread: Linux ends the child with it
+async def _connect(launched: Launched, listener: Listener) -> _Connection:
+    process, ours = launched.process, launched.sock
     ours.setblocking(False)
     loop = asyncio.get_running_loop()
     try:
-        _, connection = await loop.create_connection(lambda: _Connection(process, listener), sock=ours)
+        _, connection = await loop.create_connection(lambda: _Connection(launched, listener), sock=ours)
     except BaseException:
         process.kill()
         process.wait()

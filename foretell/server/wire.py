@@ -136,6 +136,7 @@ class Stats(Message):
     """``Engine.stats``; also the sign that the engine is alive."""
 
     figures: dict[str, Any]
+    now: float = 0.0  # CLOCK_MONOTONIC of the engine's host, seconds
 
 
 ToEngine = Start | Add | Finish | Control | Ping | Shutdown

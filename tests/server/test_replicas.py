@@ -59,9 +59,9 @@ def test_equal_beginnings_go_together_and_others_are_spread() -> None:
                 for stem in stems:
                     prompt = f"{stem}{turn}"
                     assert await text_of(replicas, prompt) == expected_text(prompt, 8)
-            orders = [replicas.order(pieces_of(stem))[0] for stem in stems]
-            assert sorted(orders) == [0, 1]
-            assert [replicas.order(pieces_of(stem))[0] for stem in stems] == orders
+            chosen = [replicas.best(pieces_of(stem))[0] for stem in stems]
+            assert {replicas.members.index(member) for member in chosen} == {0, 1}
+            assert [replicas.best(pieces_of(stem))[0] for stem in stems] == chosen
 
     run(scenario)
 
@@ -72,10 +72,10 @@ def test_a_busy_replica_is_passed_over_for_an_idle_one() -> None:
             stem = "s" * PIECE_CHARS
             streams = [replicas.stream(stem, SamplingParams(max_tokens=FOR_EVER)) for _ in range(12)]
             await asyncio.gather(*(anext(stream) for stream in streams))
-            assert min(replicas._unfinished) >= 3
+            assert min(member.unfinished for member in replicas.members) >= 3
             for stream in streams:
                 await stream.aclose()  # type: ignore[attr-defined]
-            assert replicas._unfinished == [0, 0]
+            assert [member.unfinished for member in replicas.members] == [0, 0]
             await until(lambda: replicas.stats()["running"] == 0)
 
     run(scenario)
