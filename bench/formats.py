@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import pydoc_data.topics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from divergence import divergence, windows_of
 from torch import Tensor
 
 from foretell.kernels.base import BatchContext, KVGroupView, KVLayer, Linear
@@ -26,7 +25,7 @@ from foretell.kernels.cpu import CpuKernels
 from foretell.kernels.formats import FORMATS
 from foretell.model.load import load_model, spec_for
 from foretell.model.transformer import Transformer
-from foretell.store import load_tokenizer, resolve
+from foretell.store import resolve
 from foretell.worker.kv import allocate
 
 E4M3_LARGEST = 448.0
@@ -35,22 +34,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp8": {"name": "fp8"}, "fp8 rounded inputs": {"name": "fp8", "inputs": True}, "fp8 cache": {"cache": True},
     "fp8 rounded inputs, fp8 cache": {"name": "fp8", "inputs": True, "cache": True},
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Row:
-    kind: str
-    tokens: int
-    perplexity: float
-    kl: float  # nats a token, of bfloat16's distribution from this one
-    kl_p99: float
-    same_top: float  # share of positions with the same likeliest token
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kind:30s} perplexity {self.perplexity:8.3f}  KL {self.kl:.6f} (p99 {self.kl_p99:.5f})  "
-            f"same likeliest {100 * self.same_top:6.2f} %"
-        )
 
 
 class RoundedInputs:
@@ -96,25 +79,6 @@ def distributions(model: Transformer, window: list[int], block_size: int = 16) -
     return torch.log_softmax(model.logits(hidden[:-1]), dim=-1)
 
 
-def windows_of(model: str, text: Path | None, count: int, length: int) -> list[list[int]]:
-    topics = pydoc_data.topics.topics
-    words = text.read_text() if text else "\n\n".join(topics[key] for key in sorted(topics))
-    tokenizer = load_tokenizer(resolve(model))
-    assert tokenizer is not None, "this needs a model with a tokenizer"
-    ids = tokenizer.encode(words[: count * length * 8])
-    assert len(ids) >= count * length, f"the text has {len(ids)} tokens, {count * length} are needed"
-    return [list(ids[at : at + length]) for at in range(0, count * length, length)]
-
-
-def measured(kind: str, base: list[Tensor], found: list[Tensor], windows: list[list[int]]) -> Row:
-    pairs = list(zip(base, found, strict=True))
-    kl = torch.cat([(b.exp() * (b - f)).sum(-1) for b, f in pairs]).double()
-    own = [f.gather(1, torch.tensor(w[1:])[:, None]) for f, w in zip(found, windows, strict=True)]
-    same = torch.cat([b.argmax(-1) == f.argmax(-1) for b, f in pairs]).double().mean()
-    perplexity = math.exp(-float(torch.cat(own).double().mean()))
-    return Row(kind, len(kl), perplexity, float(kl.mean()), float(kl.quantile(0.99)), float(same))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
@@ -126,19 +90,20 @@ def main() -> None:
     files = resolve(arguments.model)
     spec = spec_for(files)
     windows = windows_of(arguments.model, arguments.text, arguments.windows, arguments.length)
-    rows: list[Row] = []
-    base: list[Tensor] = []
+    rows: list[dict[str, Any]] = []
+    base: Tensor | None = None
     for kind, how in KINDS.items():
         kernels = Meaning(inputs="inputs" in how, cache="cache" in how)
         model = load_model(files, spec, kernels, how.get("dtype", torch.bfloat16), quantization=how.get("name"))
-        found = [distributions(model, window) for window in windows]
-        base = base or found
-        rows.append(measured(kind, base, found, windows))
-        print(rows[-1], flush=True)
+        found = torch.cat([distributions(model, window) for window in windows])
+        base = found if base is None else base
+        against = divergence(base, found, windows)
+        rows.append({"kind": kind, **asdict(against)})
+        print(f"{kind:30s} {against}", flush=True)
     result = {
         "bench": "formats", "model": arguments.model, "text": str(arguments.text or "pydoc_data.topics"),
         "windows": arguments.windows, "length": arguments.length, "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"), "rows": [asdict(row) for row in rows],
+        "date": time.strftime("%Y-%m-%d"), "rows": rows,
     }  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -24,8 +24,8 @@ from foretell.cost.step import StepCost
 from foretell.trace.workloads import Lengths, Workload, random_workload
 
 OPTIONS: dict[str, Any] = {
-    "load_format": "dummy", "dtype": "bfloat16", "device": "cuda", "max_model_len": 16384, "max_num_seqs": 256,
-    "max_num_batched_tokens": 8192, "enable_prefix_caching": False,
+    "load_format": "dummy", "dtype": "bfloat16", "device": "cuda", "max_model_len": 16384, "max_num_seqs": 512,
+    "enable_prefix_caching": False,
 }  # fmt: skip
 CELLS = {  # requests, prompt and output lengths: none of them is a point of the grid
     "alone": (1, "200", "300"),
@@ -36,11 +36,13 @@ CELLS = {  # requests, prompt and output lengths: none of them is a point of the
 }
 
 
-def cells() -> list[Workload]:
+def cells(longest: int) -> list[Workload]:
+    """Those whose requests are of so many tokens at most."""
     found = []
     for seed, (name, (count, prompt, output)) in enumerate(CELLS.items()):
         workload = random_workload(count, Lengths.parse(prompt), Lengths.parse(output), 100 + seed)
-        found.append(Workload(name, workload.description, workload.requests))
+        if max(request.prompt_len + request.output_len for request in workload.requests) <= longest:
+            found.append(Workload(name, workload.description, workload.requests))
     return found
 
 
@@ -63,7 +65,8 @@ def measured(llm: LLM, workload: Workload, repeat: int) -> list[float]:
 
 
 def run(path: Path, out: Path, repeat: int) -> dict[str, Any]:
-    llm = LLM(str(path), **OPTIONS)
+    context = json.loads((path / "config.json").read_text())["max_position_embeddings"]
+    llm = LLM(str(path), **{**OPTIONS, "max_model_len": min(context, OPTIONS["max_model_len"])})
     try:
         started = time.perf_counter()
         profile = calibrate(llm)
@@ -72,7 +75,7 @@ def run(path: Path, out: Path, repeat: int) -> dict[str, Any]:
         print(f"{path.name}: calibrated in {seconds:.0f} s on {profile.hardware}; held-out median error "
               f"{100 * profile.median_error:.1f} %, {profile.intervals}", flush=True)  # fmt: skip
         found = []
-        for workload in cells():
+        for workload in cells(llm.assembly.max_model_len):
             said = foretold(llm, profile, workload)
             walls = measured(llm, workload, repeat)
             wall = statistics.median(walls)

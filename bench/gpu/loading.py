@@ -16,6 +16,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -83,6 +84,35 @@ def read_rate(work: Path) -> float:
     return total / (time.perf_counter() - started)
 
 
+def both_rate(work: Path, piece: int, lanes: int) -> float:
+    """Bytes per second from the files through pinned memory to the device, nothing else being done: reading and
+    copying share the machine's memory, so this is less than either."""
+    files = sorted(work.glob("*.safetensors"))
+    pieces = [(file, at) for file in files for at in range(0, file.stat().st_size, piece)]
+    target = torch.empty(lanes * piece, dtype=torch.uint8, device=DEVICE)
+
+    def carry(lane: int) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        pinned = [torch.empty(piece, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        sent = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        open_files = {file: os.open(file, os.O_RDONLY) for file in files}
+        with torch.cuda.stream(stream):
+            for number, (file, at) in enumerate(pieces[lane::lanes]):
+                sent[number % 2].synchronize()
+                buffer: Any = pinned[number % 2].numpy()
+                os.preadv(open_files[file], [memoryview(buffer)], at)
+                target[lane * piece : (lane + 1) * piece].copy_(pinned[number % 2], non_blocking=True)
+                sent[number % 2].record(stream)
+            stream.synchronize()
+        for handle in open_files.values():
+            os.close(handle)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(lanes) as pool:
+        list(pool.map(carry, range(lanes)))
+    return sum(file.stat().st_size for file in files) / (time.perf_counter() - started)
+
+
 def bus_rate() -> float:
     pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(pinned, device=DEVICE)
@@ -128,9 +158,14 @@ def main() -> None:
     for _ in range(3):
         seconds.append(load(files, spec, kernels))
         print(f"loaded in {seconds[-1]:.2f} s: {total / 1e9 / seconds[-1]:.1f} GB/s", flush=True)
+    usual = device_weights.PIECE_BYTES
     for piece in filter(None, arguments.pieces.split(",")):
-        device_weights.PIECE_BYTES = int(piece) << 20
-        print(f"pieces of {piece} MiB: {min(load(files, spec, kernels) for _ in range(2)):.3f} s", flush=True)
+        device_weights.PIECE_BYTES = size = int(float(piece) * (1 << 20))
+        walls = [load(files, spec, kernels) for _ in range(3)]
+        rates = [both_rate(arguments.work, size, lanes) / 1e9 for lanes in (8, 16, 24)]
+        shown = ", ".join(f"{rate:.1f}" for rate in rates)
+        print(f"pieces of {piece} MiB: {min(walls):.3f} s; nothing but carrying, 8, 16, 24 threads: {shown} GB/s")
+    device_weights.PIECE_BYTES = usual
     rate, floor = total / min(seconds), min(read, bus)
     result = {
         "bench": "gpu-loading", "card": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import pydoc_data.topics
+import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,10 @@ import torch
 from torch import Tensor
 
 from foretell import LLM, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from divergence import divergence, windows_of
 
 KINDS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
@@ -34,25 +37,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 STEPS = {"few": 32, "many": 8192}  # tokens of a step
 PARAMS = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=1, detokenize=False)
-
-
-@dataclass(frozen=True)
-class Row:
-    kind: str
-    step: str
-    tokens: int
-    perplexity: float
-    kl: float  # nats a token, of bfloat16's distribution from this one
-    kl_p99: float
-    same_top: float  # share of positions with the same likeliest token
-    weight_bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kind:16s} {self.step:5s} perplexity {self.perplexity:8.3f}  KL {self.kl:.6f} "
-            f"(p99 {self.kl_p99:.5f})  same likeliest {100 * self.same_top:6.2f} %  {self.weight_bytes / 1e6:6.0f} MB"
-        )
 
 
 class Recorder:
@@ -85,29 +69,6 @@ def distributions(model: str, windows: list[list[int]], step: str, options: dict
         return found, llm.assembly.weight_bytes
 
 
-def windows_of(model: str, text: Path | None, count: int, length: int) -> list[list[int]]:
-    from foretell.store import load_tokenizer, resolve
-
-    topics = pydoc_data.topics.topics
-    words = text.read_text() if text else "\n\n".join(topics[key] for key in sorted(topics))
-    tokenizer = load_tokenizer(resolve(model))
-    assert tokenizer is not None, "this needs a model with a tokenizer"
-    ids = tokenizer.encode(words[: count * length * 8])
-    assert len(ids) >= count * length, f"the text has {len(ids)} tokens, {count * length} are needed"
-    return [list(ids[at : at + length]) for at in range(0, count * length, length)]
-
-
-def compare(kind: str, step: str, base: Tensor, found: Tensor, ids: Tensor, weight_bytes: int, seconds: float) -> Row:
-    """``base`` and ``found`` [windows · (length - 1), vocab]; ids [windows, length]."""
-    kl = torch.cat([(b.exp() * (b - f)).sum(-1) for b, f in zip(base.split(1024), found.split(1024), strict=True)])
-    following = found.gather(1, ids[:, 1:].reshape(-1, 1).to(found.device))
-    same = (base.argmax(-1) == found.argmax(-1)).double().mean()
-    return Row(
-        kind, step, ids.numel(), math.exp(-float(following.double().mean())), float(kl.double().mean()),
-        float(kl.quantile(0.99)), float(same), weight_bytes, seconds,
-    )  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
@@ -118,7 +79,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     windows = windows_of(arguments.model, arguments.text, arguments.windows, arguments.length)
-    ids, rows, base = torch.tensor(windows), [], None
+    rows: list[dict[str, Any]] = []
+    base: Tensor | None = None
     for step in STEPS:
         for kind in arguments.kinds.split(";"):
             if step == "many" and kind not in ("bfloat16", "fp8"):
@@ -127,12 +89,14 @@ def main() -> None:
             found, weight_bytes = distributions(arguments.model, windows, step, KINDS[kind])
             base = found if kind == "bfloat16" else base
             assert base is not None, "bfloat16 comes first"
-            rows.append(compare(kind, step, base, found, ids, weight_bytes, time.perf_counter() - started))
-            print(rows[-1], flush=True)
+            against, seconds = divergence(base, found, windows), time.perf_counter() - started
+            own = {"kind": kind, "step": step, "weight_bytes": weight_bytes, "seconds": seconds}
+            rows.append(own | asdict(against))
+            print(f"{kind:16s} {step:5s} {against}  {weight_bytes / 1e6:6.0f} MB", flush=True)
     result = {
         "bench": "gpu-quality", "model": arguments.model, "text": str(arguments.text or "pydoc_data.topics"),
         "windows": arguments.windows, "length": arguments.length, "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "rows": [asdict(row) for row in rows],
+        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "rows": rows,
     }  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

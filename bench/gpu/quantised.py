@@ -5,7 +5,7 @@
 
 The floor is the bytes of codes, scales, inputs and outputs over the copy rate, measured here first. Kernels run
 in CUDA graphs over rotating weights several times the L2 cache. ``--search`` times other tiles than those of
-foretell.kernels.cuda_quantised, compiled side by side. ``--end-to-end`` runs the decode workloads of bench/gpu/run.py
+foretell.kernels.cuda_quantised, compiled side by side. ``--end-to-end`` runs decode and prefill of bench/gpu/run.py
 through ``LLM.generate`` in every format, in the batch-invariant mode and in bfloat16 beside them.
 """
 
@@ -148,8 +148,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def end_to_end(shapes: Path, model: str, modes: list[str], repeat: int, file: Path | None) -> None:
-    """Milliseconds per decode step of dummy weights, alone and of 32 sequences; the file is written after each mode,
-    so that a run cut short leaves what it found."""
+    """Milliseconds per decode step of dummy weights, alone and of 32 sequences; prompt tokens per second. The file
+    is written after each mode, so that a run cut short leaves what it found."""
     import run
 
     from foretell import LLM
@@ -162,7 +162,7 @@ def end_to_end(shapes: Path, model: str, modes: list[str], repeat: int, file: Pa
     for mode in modes:
         with LLM(str(shapes / model), **{**run.OPTIONS, **MODES[mode]}) as llm:
             found: dict[str, Any] = {"mode": mode, "weight_bytes": llm.assembly.weight_bytes}
-            for name in ("decode-b1", "decode-b32"):
+            for name in ("decode-b1", "decode-b32", "prefill"):
                 found[name] = run.measure(llm, model, name, repeat).measured
             used = run.show_ledger(llm)
             table.append(found | {"planned_bytes": used["planned"], "used_bytes": used["used"]})

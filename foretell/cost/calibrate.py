@@ -65,11 +65,11 @@ CPU_GRID = Grid(
     held_out=60,
 )
 DEVICE_GRID = Grid(
-    tokens=(32, 64, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192),
-    rows=(1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256),
-    decode=tuple((n, keys) for n in (1, 8, 32, 128, 256) for keys in (64, 512, 2048, 8192, 16384)),
-    prefill=tuple((length, start) for length in (64, 256, 1024, 4096, 8192) for start in (0, 512, 4096)),
-    host=(1, 8, 32, 128, 256),
+    tokens=(32, 64, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384, 32768),
+    rows=(1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
+    decode=tuple((n, keys) for n in (1, 8, 32, 128, 256, 512) for keys in (64, 512, 2048, 8192, 16384)),
+    prefill=tuple((length, start) for length in (64, 256, 1024, 4096, 8192, 15360) for start in (0, 512, 4096)),
+    host=(1, 8, 32, 128, 256, 512),
     held_out=60,
 )
 

@@ -46,7 +46,7 @@ def with_held_out(
     """The profile fitted to every other one of ``count`` random steps, with the errors of the rest."""
     bench, cost = StepBench(llm), StepCost(profile)
     pace = Pace(bench, profile.reference_seconds)
-    found: list[tuple[Shape, Estimate, float]] = []
+    found: list[tuple[Shape, Estimate, float, float]] = []
 
     def run(engine: object) -> None:
         begun = time.monotonic()
@@ -54,14 +54,16 @@ def with_held_out(
             if time.monotonic() - begun > MOST_SECONDS:
                 break
             report(number, "steps held out")
-            look, seconds = pace.look(), bench.wall_seconds(shape)
-            if seconds is not None:
-                found.append((shape, cost.estimate(shape), pace.steady(seconds, look)))
+            look = pace.look()
+            if (times := bench.with_launching(shape)) is not None:
+                own, wall = (pace.steady(seconds, look) for seconds in times)
+                found.append((shape, cost.estimate(shape), own, wall))
 
     llm.service.call(run).result()
-    scales = fitted_scales([(estimate, seconds) for _, estimate, seconds in found[::2]])
+    # the device's own seconds: what launching took says nothing of the components
+    scales = fitted_scales([(replace(estimate, least=0.0), own) for _, estimate, own, _ in found[::2]])
     fitted = scales.applied(profile)
-    return judged(fitted, [(shape, seconds) for shape, _, seconds in found[1::2]])
+    return judged(fitted, [(shape, wall) for shape, _, _, wall in found[1::2]])
 
 
 def judged(profile: Profile, steps: Sequence[tuple[Shape, float]]) -> Profile:
