@@ -108,6 +108,7 @@ class _Measuring:
 
         bench = self.bench
         bench.fill_cache()
+        process = process_bytes(llm, bench)
         found = self._measured(self._jobs())
         head = Curve.of([(float(key[0]), seconds) for key, seconds in found["head"].items()])
         linear = self._linear(found["linear"], head)
@@ -143,6 +144,8 @@ class _Measuring:
             num_threads=threads,
             eager_seconds=statistics.median(bench.launches) if graphs and bench.launches else 0.0,
             reference_seconds=self.pace.usual,
+            weight_bytes=llm.assembly.weight_bytes,
+            process_bytes=process,
         )
 
     def _measured(self, jobs: Sequence[Job]) -> dict[str, dict[Key, float]]:
@@ -216,6 +219,15 @@ class _Measuring:
 
     def _attended(self, start: int, length: int) -> float:
         return attended(self.bench.spec.kv_groups, self.bench.spec.num_layers, start, length)
+
+
+def process_bytes(llm: LLM, bench: StepBench) -> int:
+    """Of the engine's process on a CPU, beside weights and a cache that is filled, after a step of one token."""
+    from foretell.parallel.rank import resident_bytes
+
+    if bench.device is not None or bench.seconds(rows(1, sample=True)) is None:
+        return 0
+    return max(0, resident_bytes() - llm.assembly.weight_bytes - llm.assembly.kv_bytes)
 
 
 def host_curve(llm: LLM, counts: tuple[int, ...]) -> Curve:

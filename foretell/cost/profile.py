@@ -14,7 +14,7 @@ from foretell.errors import ConfigError
 VERSION = 2
 Origin = Literal["measured", "scaled", "analytic"]
 Kind = Literal["decode", "prefill"]  # of a step: one token for each sequence, or any other
-ADDED = {"reference_seconds"}  # fields that profiles of this version may lack
+ADDED = {"reference_seconds", "weight_bytes", "process_bytes"}  # fields that profiles of this version may lack
 CURVES, SURFACES = ("linear", "head", "host"), ("decode_rate", "prefill_rate")
 
 
@@ -60,9 +60,9 @@ class Profile:
     graph_sizes: tuple[int, ...] = ()
     eager_seconds: float = 0.0
     num_threads: int = 0  # of a CPU; 0 where that says nothing
-    reference_seconds: float = (
-        0.0  # of the step that tells how fast the machine is (cost.stepping.REFERENCE); 0: none
-    )
+    reference_seconds: float = 0.0  # of the step cost.stepping.REFERENCE, which tells how fast a machine is; 0: none
+    weight_bytes: int = 0  # all weights as this engine really keeps them; 0: not known
+    process_bytes: int = 0  # the engine's process beside weights, cache and activations; 0: not known
 
     def interval(self, kind: Kind) -> tuple[float, float]:
         return self.intervals.get(kind, (self.low, self.high))
@@ -96,7 +96,7 @@ class Profile:
             raise ConfigError(f"the profile {name} is of another version: run foretell calibrate again")
         try:
             values: dict[str, Any] = {one.name: data[one.name] for one in fields(cls) if one.name not in ADDED}
-            values["reference_seconds"] = data.get("reference_seconds", 0.0)
+            values |= {name: data[name] for name in ADDED & data.keys()}
             values |= {name: Curve.from_dict(data[name]) for name in CURVES}
             values |= {name: Surface.from_dict(data[name]) for name in SURFACES}
             own = data["decode_linear"]

@@ -77,5 +77,7 @@ def scaled_profile(profile: Profile, spec: ModelSpec, model: str) -> Profile:
         high=high,
         intervals={kind: bounds(*measured) for kind, measured in profile.intervals.items()},
         source="scaled",
+        reference_seconds=0.0,  # of another model's step
+        weight_bytes=0,
         note=f"scaled from {profile.model} ({alike})",
     )

@@ -93,7 +93,7 @@ def make_problem(asked: PlanAsked) -> Problem:
         goal,
         prompts,
         profiles,
-        {label: weight_bytes(files, spec, label) for label in profiles},
+        {label: kept_bytes(files, spec, profile) for label, profile in profiles.items()},
         max_model_len=asked.max_model_len,
         any_layout=asked.any_layout,
     )
@@ -133,6 +133,12 @@ def build_workload(asked: PlanAsked, vocab_size: int) -> Workload:
         traffic = replace(traffic, num_requests=MOST_REQUESTS)
     built = traffic.build(vocab_size, None, default_requests=USUAL_REQUESTS)
     return arrivals.apply(built, traffic.seed)
+
+
+def kept_bytes(files: ModelFiles, spec: ModelSpec, profile: Profile) -> int:
+    """All weights of one copy, by the measured profile of this very model if there is one."""
+    same = profile.weight_bytes and profile.spec == spec and profile.source == "measured"
+    return profile.weight_bytes if same else weight_bytes(files, spec, profile.weight_format)
 
 
 def weight_bytes(files: ModelFiles, spec: ModelSpec, weight_format: str) -> int:

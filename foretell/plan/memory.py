@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
+from foretell.config import ModelSpec, SchedulerConfig
 from foretell.errors import ConfigError
 from foretell.kv_blocks import block_bytes, plan_blocks
 from foretell.parallel.layout import make_layout, rank_parameters, shard_spec
@@ -72,7 +73,9 @@ def _without_kv(problem: Problem, candidate: Candidate) -> tuple[int, dict[str, 
     activations = activation_bytes(problem, candidate)
     if machine.is_cpu:
         total = int(problem.weight_bytes[candidate.weights] * sum(counts) / whole) * candidate.replicas
-        return int(machine.memory_bytes * MOST_OF_A_CPU), {"weights": total, "activations": activations * here}
+        process = problem.profiles[candidate.weights].process_bytes
+        entries = {"weights": total, "activations": activations * here, "processes": process * here}
+        return int(machine.memory_bytes * MOST_OF_A_CPU), entries
     graphs = ceil(config.max_num_seqs / 8) + 4
     entries = {
         "driver and others": DRIVER_BYTES,
@@ -84,15 +87,19 @@ def _without_kv(problem: Problem, candidate: Candidate) -> tuple[int, dict[str, 
 
 
 def activation_bytes(problem: Problem, candidate: Candidate) -> int:
+    """``step_bytes`` of one rank."""
+    shard, config = shard_spec(problem.spec, candidate.tp), problem.config(candidate)
+    return step_bytes(replace(shard, vocab_size=problem.spec.vocab_size), config, problem.activation_bytes)
+
+
+def step_bytes(shard: ModelSpec, config: SchedulerConfig, element_bytes: int) -> int:
     """The most that a step holds beside weights and cache: hidden states, queries, keys and values, the MLP's inner
     width, of every token; logits of every sequence, in float32."""
-    spec, config, size = problem.spec, problem.config(candidate), problem.activation_bytes
-    shard = shard_spec(spec, candidate.tp)
     heads = (shard.num_heads * 2 + shard.num_kv_heads * 2) * shard.head_dim
-    per_token = 4 * spec.hidden_size + heads + 3 * shard.intermediate_size
-    logits = 2 * config.max_num_seqs * spec.vocab_size * 4
-    tables = config.max_num_seqs * ceil(config.max_model_len / config.block_size) * 4 * len(spec.kv_groups)
-    return config.max_num_batched_tokens * per_token * size + logits + tables
+    per_token = 4 * shard.hidden_size + heads + 3 * shard.intermediate_size
+    logits = 2 * config.max_num_seqs * shard.vocab_size * 4
+    tables = config.max_num_seqs * ceil(config.max_model_len / config.block_size) * 4 * len(shard.kv_groups)
+    return config.max_num_batched_tokens * per_token * element_bytes + logits + tables
 
 
 def _most_tokens(problem: Problem, num_blocks: tuple[int, ...], block_size: int) -> int:

@@ -19,6 +19,7 @@ from foretell.cost.floor import ChunkShape
 from foretell.cost.profile import Profile
 from foretell.cost.step import StepCost
 from foretell.errors import ConfigError
+from foretell.parallel.rank import resident_bytes
 from foretell.server.metrics import Metrics
 from tests.model import models
 from tests.model.test_device_runner import make_engine
@@ -45,6 +46,9 @@ def test_a_calibrated_engine_still_serves_and_its_steps_are_priced(quick: None, 
         profile = calibrate.calibrate(llm)
         assert llm.generate([prompt], params, progress=False)[0].outputs[0].token_ids == before
         assert max(llm.assembly.engine.executor.runner.states) < stepping.FIRST_ID  # type: ignore[attr-defined]
+        assert profile.weight_bytes == llm.assembly.weight_bytes > 0
+        held = profile.weight_bytes + profile.process_bytes + llm.assembly.kv_bytes
+        assert held == pytest.approx(resident_bytes(), rel=0.1)  # of this process, before its next step
     assert profile.linear.x[-1] == 100
     assert all(seconds > 0 for seconds in profile.linear.y)
     assert profile.held_out

@@ -182,3 +182,12 @@ def test_held_out_steps_give_an_interval_to_each_kind() -> None:
     assert profile.interval("decode") == (1.0, pytest.approx(1.5))
     assert profile.interval("prefill") == (pytest.approx(0.8), 1.0)
     assert len(profile.held_out) == 20
+
+
+def test_what_holds_for_one_model_alone_is_not_scaled_to_another(tmp_path: Path) -> None:
+    measured = replace(ideal(), reference_seconds=0.02, weight_bytes=123, process_bytes=456)
+    measured.save(tmp_path / "p.json")
+    kept = Profile.load(tmp_path / "p.json")
+    assert (kept.reference_seconds, kept.weight_bytes, kept.process_bytes) == (0.02, 123, 456)
+    other = scaled_profile(kept, replace(SPEC, num_layers=2 * SPEC.num_layers, windows=SPEC.windows * 2), "other")
+    assert (other.reference_seconds, other.weight_bytes, other.process_bytes) == (0.0, 0, 456)
