@@ -107,7 +107,7 @@ def test_a_device_is_measured_through_the_same_code() -> None:
     assembly = SimpleNamespace(
         engine=engine, options=SimpleNamespace(block_size=16, num_threads=None), max_model_len=128, files=files,
         dtype="float32",
-        weight_format="float32", kernels="reference", device="cpu",
+        weight_format="float32", weight_bytes=1, kernels="reference", device="cpu",
     )  # fmt: skip
     llm: Any = SimpleNamespace(assembly=assembly, spec=runner.model.spec)
     bench = stepping.StepBench(llm)
