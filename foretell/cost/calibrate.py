@@ -17,6 +17,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import foretell
+from foretell.async_llm import AsyncLLM
+from foretell.benchmark.online import run_open_loop
+from foretell.benchmark.steps import Record, step_records
 from foretell.core.params import SamplingParams
 from foretell.cost.floor import ChunkShape
 from foretell.cost.grid import Curve, Surface
@@ -26,6 +29,7 @@ from foretell.cost.profile import Profile, attended
 from foretell.cost.stepping import PIECE, Pace, Shape, StepBench, decodes, rows
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError
+from foretell.trace.workloads import TraceRequest, Workload
 
 if TYPE_CHECKING:
     from foretell.llm import LLM
@@ -34,6 +38,7 @@ Report = Callable[[int, int, str], None]  # points done, points in all, what is 
 Pairs = tuple[tuple[int, int], ...]
 Key = tuple[int, ...]  # a point of the grid
 Job = tuple[str, Key, Callable[[], float | None]]  # component, point, how to measure it
+HOST_PROMPT, HOST_OUTPUT = 8, 24  # tokens of the requests that the host's part is measured with
 ROUNDS = 3
 ROUNDS_SECONDS = 150.0  # rounds after the first end then, complete or not
 LOOK_EVERY = 3  # points between two looks at how fast the machine is
@@ -55,8 +60,7 @@ class Grid:
         return len(self.tokens) + len(self.rows) + len(self.decode) + len(self.prefill)
 
 
-CPU_GRID = Grid(
-    # kernels have tiles of 6
+CPU_GRID = Grid(  # kernels have tiles of 6
     tokens=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048),
     rows=(1, 2, 4, 6, 7, 8, 12, 13, 16, 32, 64),
     decode=tuple((n, keys) for n in (1, 4, 16, 64) for keys in (64, 512, 2048, 8192)),
@@ -231,19 +235,14 @@ def process_bytes(llm: LLM, bench: StepBench) -> int:
 
 
 def host_curve(llm: LLM, counts: tuple[int, ...]) -> Curve:
-    """The engine's own seconds per step by the number of sequences: between two steps, where planning and making text
-    happen; where they hide behind the device, all that the CPU does from one step to the next but wait."""
-    from foretell.benchmark.steps import step_records
-
+    """The engine's own seconds per step by the number of sequences, each awaited by a caller of its own: between two
+    steps, where planning and making text happen; where they hide behind the device, all that the CPU does from one
+    step to the next but wait."""
     points = []
     for count in counts:
         if count > llm.assembly.engine.scheduler.config.max_num_seqs:
             continue
-        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-        prompts = [[(7 * i + j) % llm.spec.vocab_size for j in range(8)] for i in range(count)]
-        with step_records(llm) as records:
-            llm.generate(prompts, params, progress=False)
-        full = [r for r in records if len(r["chunks"]) == count and r["tokens"] == count]
+        full = [r for r in _decode_records(llm, count) if len(r["chunks"]) == count and r["tokens"] == count]
         if llm.assembly.device == "cuda":
             gaps = [b["finished"] - a["finished"] - b["parts"].get("wait", 0.0) for a, b in pairwise(full)]
         else:
@@ -251,3 +250,16 @@ def host_curve(llm: LLM, counts: tuple[int, ...]) -> Curve:
         if gaps:
             points.append((float(count), max(0.0, statistics.median(gaps))))
     return Curve.of(points or [(1.0, 0.0)])
+
+
+def _decode_records(llm: LLM, count: int) -> list[Record]:
+    """Of so many short requests at once. On a CPU their callers share the processors with the engine: with an event
+    loop that takes each token, a step's host part is up to twice that of a loop that only collects."""
+    if llm.assembly.device != "cuda":
+        requests = tuple(TraceRequest(HOST_PROMPT, HOST_OUTPUT) for _ in range(count))
+        return run_open_loop(AsyncLLM.over(llm), Workload("host", "short requests at once", requests)).steps
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompts = [[(7 * i + j) % llm.spec.vocab_size for j in range(HOST_PROMPT)] for i in range(count)]
+    with step_records(llm) as records:
+        llm.generate(prompts, params, progress=False)
+    return records
