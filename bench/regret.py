@@ -185,10 +185,11 @@ class State:
 
 
 def do_case(case: Case, args: argparse.Namespace, state: State) -> dict[str, Any]:
-    asked = PlanAsked(**_revived(state.get(f"{case} {case.seed}: ask", lambda: _plain(ask(case, args)))))
+    key = f"{case}, seed {case.seed}, {args.seconds:g} s, {args.candidates} candidates"
+    asked = PlanAsked(**_revived(state.get(f"{key}: ask", lambda: _plain(ask(case, args)))))
     problem = make_problem(asked)
     told = state.get(
-        f"{case} {case.seed}: chosen",
+        f"{key}: chosen",
         lambda: {name: asdict(c) for name, c in choose(problem, case, args.candidates).items()},
     )
     chosen = {name: Candidate(**fields) for name, fields in told.items()}
@@ -196,7 +197,7 @@ def do_case(case: Case, args: argparse.Namespace, state: State) -> dict[str, Any
 
     def goodput(name: str, round_: int) -> float:
         before = time.perf_counter()
-        found = state.get(f"{case} {case.seed}: {name} #{round_}", lambda: run(problem, asked, chosen[name]))
+        found = state.get(f"{key}: {name} #{round_}", lambda: run(problem, asked, chosen[name]))
         took = time.perf_counter() - before
         print(f"  {name:14} goodput {found['goodput']:.3f}/s  {found.get('error') or ''} [{took:.0f} s]", flush=True)
         return float(found["goodput"])
@@ -212,9 +213,14 @@ def do_case(case: Case, args: argparse.Namespace, state: State) -> dict[str, Any
     reached = medians["planner"] / best if best else 1.0
     gains = {peer: first["planner"] / first[peer] if first[peer] else None for peer in PEERS}
     winner = max(medians, key=lambda name: medians[name])
-    print(f"  → {100 * reached:.1f} % of the best ({winner}); planner: {chosen['planner']}", flush=True)
-    return {"case": str(case), "rate": asked.arrivals.rate, "slo": asked.slo, "reached": reached, "first": first,
-            "again": again, "gains": gains, "candidates": {name: str(c) for name, c in chosen.items()}}  # fmt: skip
+    noise = max(
+        (max(values) - min(values)) / medians[name] if medians[name] else 0.0 for name, values in again.items()
+    )
+    print(f"  → {100 * reached:.1f} % of the best ({winner}), where runs of one differ by up to {100 * noise:.0f} %")
+    print(f"    planner: {chosen['planner']}", flush=True)
+    return {"case": str(case), "rate": asked.arrivals.rate, "slo": asked.slo, "reached": reached, "noise": noise,
+            "first": first, "again": again, "gains": gains,
+            "candidates": {name: str(c) for name, c in chosen.items()}}  # fmt: skip
 
 
 def _plain(asked: PlanAsked) -> dict[str, Any]:
