@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from foretell.core.messages import Batch, ChunkResult
@@ -44,6 +44,37 @@ class GroupBatch(Batch):
 
     together: Together | None = None
     told: list[ChunkResult] = field(default_factory=list)
+
+
+class PlainPool:
+    """A ``BlockPool`` of a cache in which nothing is looked for: what was given back last is taken first, many blocks
+    at the cost of one."""
+
+    evictions = 0
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.free = list(reversed(range(num_blocks)))  # the next one last
+        self.cached: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self.free)
+
+    def take(self, count: int) -> list[int]:
+        """``count`` blocks; the caller has checked that so many are free."""
+        if count == 1:
+            return [self.free.pop()]
+        left = len(self.free) - count
+        taken = self.free[left:]
+        del self.free[left:]
+        taken.reverse()
+        return taken
+
+    def release(self, blocks: Iterable[int]) -> None:
+        self.free.extend(blocks)
+        if len(self.free) > self.num_blocks:
+            raise RuntimeError("KV blocks released twice")
 
 
 def in_order(member: Member) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from foretell.core.ahead import FOREVER
-from foretell.core.group import Group, GroupBatch, Member, Together, in_order
+from foretell.core.group import Group, GroupBatch, Member, PlainPool, Together, in_order
 from foretell.core.messages import Chunk, ChunkResult, Output, Result, Turn
 from foretell.core.plan import Plan
 from foretell.core.request import Request, State
@@ -51,6 +51,8 @@ class LockstepScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         if self.windowed or not (self.depth == 1 or (self.depth == 2 and self.chain)):
             raise RuntimeError("decodes go in lockstep without sliding windows and pipelines only")
+        if not self.blocks.caching:
+            self.blocks.pools = [PlainPool(pool.num_blocks) for pool in self.blocks.pools]  # type: ignore[misc]
         self.group = Group(self.config.block_size)
         self.loose: dict[int, Request] = {}
         self._scheduled_turn = self._returned_turn = 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from foretell.config import SchedulerConfig
 from foretell.core.engine import Engine
 from foretell.core.fast_forward import FastEngine
-from foretell.core.group import GroupBatch, Together
+from foretell.core.group import GroupBatch, PlainPool, Together
 from foretell.core.lockstep import LockstepScheduler
 from foretell.core.messages import Batch, Chunk, Turn
 from foretell.core.params import SamplingParams
@@ -118,9 +118,14 @@ def simulate(setup: dict[str, Any], *, together: bool) -> Run:
     run.scheduled = {i: request.first_scheduled for i, request in requests.items()}
     run.state = (
         scheduler.turn, scheduler.num_batches, scheduler.counters, scheduler.admission.refusals,
-        [(dict(p.cached), list(p.free), p.hash_of, p.evictions) for p in scheduler.blocks.pools],
+        [(p.cached, _free(p), p.evictions) for p in scheduler.blocks.pools],
     )  # fmt: skip
     return run
+
+
+def _free(pool: Any) -> list[int]:
+    """The next one to be taken first."""
+    return list(reversed(pool.free)) if isinstance(pool, PlainPool) else list(pool.free)
 
 
 @st.composite
