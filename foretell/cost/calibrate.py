@@ -61,9 +61,9 @@ class Grid:
 
 
 CPU_GRID = Grid(  # kernels have tiles of 6
-    tokens=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048),
-    rows=(1, 2, 4, 6, 7, 8, 12, 13, 16, 32, 64),
-    decode=tuple((n, keys) for n in (1, 4, 16, 64) for keys in (64, 512, 2048, 8192)),
+    tokens=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 18, 19, 24, 25, 32, 48, 64, 128, 256, 512, 1024, 2048),
+    rows=(1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 18, 19, 24, 32, 64),
+    decode=tuple((n, keys) for n in (1, 2, 4, 8, 16, 64) for keys in (64, 512, 2048, 8192)),
     prefill=tuple((length, start) for length in (32, 128, 512, 1024) for start in (0, 512, 2048, 6144)),
     host=(1, 8, 32),
     held_out=60,
