@@ -53,8 +53,10 @@ class Cluster:
         async with self._opening:
             if self._writer is not None:
                 return
-            process, ours = start_child([*python_module("foretell.cluster.placer"), self.address])
-            self._process = process
+            if self._process is not None:  # it has ended, or says nothing any more
+                self._process.kill()
+                await asyncio.to_thread(self._process.wait)
+            self._process, ours = start_child([*python_module("foretell.cluster.placer"), self.address])
             ours.setblocking(False)
             reader, self._writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
             first = self._calls[0] = asyncio.get_running_loop().create_future()

@@ -24,7 +24,11 @@ SOON = {  # Ray's own patience, in milliseconds and times: half a minute by defa
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 OBJECT_STORE_BYTES = 80_000_000
-OURS = ("foretell.server.engine_process", "foretell.parallel.rank", "foretell.cluster.placer")
+OURS = ENGINE, RANK, PLACER = (
+    "foretell.server.engine_process",
+    "foretell.parallel.rank",
+    "foretell.cluster.placer",
+)
 
 
 def possible() -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.hosts import CONTROL, HERE, OTHER, OURS, TwoHosts, possible, two_hosts
+from tests.cluster.hosts import CONTROL, ENGINE, HERE, OTHER, OURS, PLACER, RANK, TwoHosts, possible, two_hosts
 from tests.server.served import Answer, streamed, whole
 from tests.server.tiny import tiny_folder
 
@@ -223,6 +223,31 @@ def test_two_replicas_lose_one_host_and_go_on(hosts: TwoHosts) -> None:
             text = (await http.get("/metrics")).text
             assert f'replica_up{{host="{OTHER}"' in text.replace("foretell:", "")
         report("two replicas", load, back_seconds=round(back, 2), messages=dict(load.messages))
+
+    asyncio.run(scenario())
+
+
+def test_whatever_is_killed_comes_back(hosts: TwoHosts) -> None:
+    """A rank and the engine on either host, and the one process that speaks with Ray, whose slots end with it."""
+
+    async def scenario() -> None:
+        await wait_for_two(hosts)
+        back: dict[str, float] = {}
+        async with serving(hosts, "--pp", "2") as http:
+            load = Load(http)
+            await load.learn()
+            async with load.running():
+                for host, module in ((hosts.other, RANK), (hosts.head, ENGINE), (hosts.head, PLACER)):
+                    await load.answers(2 * CLIENTS, BACK_SECONDS)
+                    (victim,) = hosts.processes(host, module)
+                    known = load.messages.total()
+                    victim.kill()
+                    killed = time.monotonic()
+                    await until(lambda known=known: load.messages.total() > known, LIMIT_SECONDS)
+                    await load.answers(2 * CLIENTS, BACK_SECONDS)
+                    back[module.rsplit(".", 1)[1]] = round(time.monotonic() - killed, 2)
+            assert (await stats(http))["restarts"] == 3
+        report("whatever is killed", load, back_seconds=back, messages=dict(load.messages))
 
     asyncio.run(scenario())
 
