@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ from foretell.errors import ConfigError, ForetellError, UnavailableError
 
 RESERVE_SECONDS = 15.0
 START_SECONDS = 60.0
+LOOPBACK = "127.0.0.2"  # Ray takes 127.0.0.1 for a wish to find out this host's address
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes: nothing of ours goes through it
 
 
@@ -133,13 +135,15 @@ class Placer:
 
 def connect(address: str) -> tuple[Any, str]:
     """Ray, joined to a cluster, and this host's address in it. ForetellError in one line if it cannot be."""
+    if address == "local":  # some of Ray's ports are open to all addresses even so: not without this
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     try:
         import ray
     except ImportError:
         raise ConfigError("--cluster needs Ray: pip install 'foretell[cluster]'") from None
     local: dict[str, Any] = {}
     if address == "local":
-        local = {"_node_ip_address": "127.0.0.1", "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+        local = {"_node_ip_address": LOOPBACK, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     try:
         ray.init(
             address=address,
@@ -188,7 +192,7 @@ def serve(address: str, sock: socket.socket) -> int:
                 pool.submit(placer.end, message.name)
             else:
                 pool.submit(answer, message)
-        os._exit(0)  # the server is gone; Ray ends what belongs to this process
+    ray.shutdown()  # the server is gone: its slots end, and with "local" the whole cluster
     return 0
 
 

@@ -170,8 +170,7 @@ class Supervisor:
             connection.send(wire.Start({**self.options, **connection.launched.options}))
             ready = await connection.ready
             if connection.launched.host:
-                connection.ping()  # compares the clocks
-                await connection.compared
+                await connection.compare_clocks()
         except BaseException:
             await self._end(connection)
             raise
@@ -230,7 +229,6 @@ class _Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.launched = launched
         self.clock_ahead_seconds = 0.0
-        self.compared: asyncio.Future[None] = loop.create_future()
         self._comparisons: deque[tuple[float, float]] = deque(maxlen=64)  # (round trip, ahead): clocks drift
         self.ready: asyncio.Future[wire.Ready] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
@@ -282,6 +280,14 @@ class _Connection(asyncio.Protocol):
                 if not self.lost.done():
                     self._listener.on_message(message)
 
+    async def compare_clocks(self, times: int = 5) -> None:
+        """Before the first request comes; UnavailableError if the engine is lost meanwhile."""
+        while len(self._comparisons) < times:
+            if self.lost.done():
+                raise UnavailableError(self.lost.result())
+            self.ping()
+            await asyncio.sleep(0.01)
+
     def _compare(self, theirs: float) -> None:
         """The two hosts' clocks, as of the ping that was answered soonest of late: at worst half its time off."""
         if self._pinged is None:
@@ -290,9 +296,8 @@ class _Connection(asyncio.Protocol):
         if self.launched.host:
             now = time.monotonic()
             self._comparisons.append((now - sent, theirs - (sent + now) / 2))
-            self.clock_ahead_seconds = min(self._comparisons)[1]
-            if not self.compared.done():
-                self.compared.set_result(None)
+            round_trip, ahead = min(self._comparisons)
+            self.clock_ahead_seconds = ahead if abs(ahead) > round_trip / 2 else 0.0  # they may well be the same
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -303,9 +308,6 @@ class _Connection(asyncio.Protocol):
         """Give it up for this reason; the process is ended."""
         with suppress(ProcessLookupError):
             self.launched.process.kill()
-        if not self.compared.done():
-            self.compared.set_exception(UnavailableError(reason))
-            self.compared.exception()
         if not self.lost.done():
             self.lost.set_result(reason)
         if not self.ready.done():
