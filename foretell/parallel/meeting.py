@@ -101,7 +101,7 @@ class Meeting:
         except TimeoutError:
             raise UnavailableError(
                 f"{name} of host {self.hosts[rank]} has not reached {self.address} within {MEET_SECONDS:.0f} s: "
-                "hosts of a cluster must reach each other on all ports"
+                "hosts must reach each other on all ports; if they do, Ray's logs there say more"
             ) from None
         return DistantProcess(sock), sock
 
