@@ -190,7 +190,8 @@ class Launcher:
             if isinstance(error, TimeoutError):
                 raise UnavailableError(
                     f"the engine on host {spans[0].address} has not reached {door.address}:{door.port} within "
-                    f"{ARRIVAL_SECONDS:.0f} s: hosts must reach each other on all ports; if they do, Ray's logs there say more"
+                    f"{ARRIVAL_SECONDS:.0f} s: hosts must reach each other on all ports; "
+                    "if they do, Ray's logs there say more"
                 ) from None
             raise
         engine = DistantEngine(started.pid, lambda: self._end(name, lost=True))
