@@ -17,7 +17,9 @@ from pathlib import Path
 import psutil
 
 HEAD, OTHER, CONTROL, HERE = "10.213.7.1", "10.213.7.2", "10.213.8.1", "10.213.8.2"
-SOON = {  # Ray's own patience, in milliseconds and times: half a minute by default
+RAY = {  # a token, else Ray lets in whoever comes; its patience, in milliseconds and times: half a minute by default
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "a" * 64,
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "2",
@@ -130,7 +132,7 @@ def _ray(hosts: TwoHosts, host: str, options: str) -> subprocess.Popen[bytes]:
     with (hosts.folder / f"{host}.log").open("wb") as out:
         return subprocess.Popen(
             hosts.command(host, "bash", "-c", script),
-            stdout=out, stderr=out, stdin=subprocess.DEVNULL, env={**os.environ, **SOON, "PYTHONPATH": root},
+            stdout=out, stderr=out, stdin=subprocess.DEVNULL, env={**os.environ, **RAY, "PYTHONPATH": root},
         )  # fmt: skip
 
 

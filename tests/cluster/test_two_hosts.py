@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.hosts import CONTROL, ENGINE, HERE, OTHER, OURS, PLACER, RANK, TwoHosts, possible, two_hosts
+from tests.cluster.hosts import CONTROL, ENGINE, HERE, OTHER, OURS, PLACER, RANK, RAY, TwoHosts, possible, two_hosts
 from tests.server.served import Answer, streamed, whole
 from tests.server.tiny import tiny_folder
 
@@ -49,7 +49,7 @@ async def serving(hosts: TwoHosts, *options: str) -> AsyncIterator[httpx.AsyncCl
         "--host", CONTROL, "--port", "8123", "--api-key", KEY, "--drain-seconds", "5", *options,
     )  # fmt: skip
     log = hosts.folder / "serve.log"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "", "RAY_TMPDIR": str(hosts.folder)}
+    environment = {**os.environ, **RAY, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "", "RAY_TMPDIR": str(hosts.folder)}
     with log.open("wb") as out:
         server = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment)
     headers, url = {"authorization": f"Bearer {KEY}"}, f"http://{CONTROL}:8123"
@@ -154,7 +154,7 @@ async def wait_for_two(hosts: TwoHosts) -> None:
     command = hosts.command(
         hosts.head, sys.executable, "-m", "foretell.cli", "cluster", "plan", "--replicas", "2", "--cluster", "auto"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "", "RAY_TMPDIR": str(hosts.folder)}
+    environment = {**os.environ, **RAY, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "", "RAY_TMPDIR": str(hosts.folder)}
     async with asyncio.timeout(90):
         while (await asyncio.to_thread(subprocess.run, command, capture_output=True, env=environment)).returncode:
             await asyncio.sleep(0.5)
