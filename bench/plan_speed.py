@@ -207,8 +207,12 @@ def main() -> None:
         print(
             f"gaps × {scale:g}: {seconds:.1f} s, {result['cpu_seconds_each']:.2f} CPU seconds each; "
             f"{traffic_seconds:,.0f} s of traffic, {result['simulated_over_wall']:,.0f} × the wall; median "
-            f"{result['median_steps']:,.0f} steps, up to {result['peak_running']} at once; "
-            f"{len(checked)} the same step by step, times within {result['worst_time_error'] or 0:.0e}"
+            f"{result['median_steps']:,.0f} steps, up to {result['peak_running']} at once"
+            + (
+                f"; {len(checked)} the same step by step, times within {result['worst_time_error']:.0e}"
+                if checked
+                else ""
+            )
         )
     print(json.dumps({"bench": "plan_speed", "model": Path(args.model).name, "devices": args.devices,
                       "requests": args.requests, "processes": processes, "bar_seconds": bar,
