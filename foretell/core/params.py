@@ -17,11 +17,6 @@ MAX_STOP_CHARS = 1024
 Pooling = Literal["mean", "last"]
 
 
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise InvalidRequestError(message)
-
-
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -85,87 +80,78 @@ class SamplingParams:
     def _check_kinds(self) -> None:
         for name in _FLAGS:
             value = getattr(self, name)
-            _check(value is True or value is False, f"{name} is True or False, got {value!r}")
+            if value is not True and value is not False:
+                raise InvalidRequestError(f"{name} is True or False, got {value!r}")
         for name in _LISTS:
             value = getattr(self, name)
+            if value.__class__ is tuple or value.__class__ is list:
+                continue
             if value is None and name == "allowed_token_ids":
                 continue
-            _check(
-                isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping)),
-                f"{name} must be a list, got {type(value).__name__}",
-            )
-        bias = self.logit_bias
-        _check(isinstance(bias, Mapping), f"logit_bias maps token ids to numbers, got {type(bias).__name__}")
+            if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping)):
+                raise InvalidRequestError(f"{name} must be a list, got {type(value).__name__}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequestError(f"logit_bias maps token ids to numbers, got {type(self.logit_bias).__name__}")
 
     def _check_numbers(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            _check(_is_finite(value), f"{name} must be a finite number, got {value!r}")
-            _check(low <= value <= high, f"{name} must be between {low:g} and {high:g}, got {value!r}")
-        _check(self.top_p > 0, f"top_p must be above 0, got {self.top_p!r}; 1 keeps every token")
+            if not _is_finite(value):
+                raise InvalidRequestError(f"{name} must be a finite number, got {value!r}")
+            if not low <= value <= high:
+                raise InvalidRequestError(f"{name} must be between {low:g} and {high:g}, got {value!r}")
+        if self.top_p <= 0:
+            raise InvalidRequestError(f"top_p must be above 0, got {self.top_p!r}; 1 keeps every token")
         for name, low_int, high_int in _INT_RANGES:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL_INTS:
                 continue
-            _check(_is_int(value), f"{name} must be a whole number, got {value!r}")
-            _check(
-                low_int <= value <= high_int,
-                f"{name} must be between {low_int} and {high_int}, got {value!r}",
-            )
-        if self.max_tokens is not None:
-            _check(
-                self.min_tokens <= self.max_tokens,
-                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})",
-            )
+            if not _is_int(value):
+                raise InvalidRequestError(f"{name} must be a whole number, got {value!r}")
+            if not low_int <= value <= high_int:
+                raise InvalidRequestError(f"{name} must be between {low_int} and {high_int}, got {value!r}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})")
 
     def _check_lists(self) -> None:
-        _check(
-            self.detokenize or not self.stop,
-            "stop strings are found in text: leave detokenize on, or use stop_token_ids",
-        )
-        _check(len(self.stop) <= MAX_STOPS, f"at most {MAX_STOPS} stop strings, got {len(self.stop)}")
+        if self.stop and not self.detokenize:
+            raise InvalidRequestError("stop strings are found in text: leave detokenize on, or use stop_token_ids")
+        if len(self.stop) > MAX_STOPS:
+            raise InvalidRequestError(f"at most {MAX_STOPS} stop strings, got {len(self.stop)}")
         for text in (*self.stop, *self.bad_words):
-            _check(
-                isinstance(text, str) and text != "",
-                f"stop and bad_words need non-empty strings, got {text!r}",
-            )
-            _check(
-                len(text) <= MAX_STOP_CHARS,
-                f"a stop string or bad word is longer than {MAX_STOP_CHARS} characters",
-            )
+            if not isinstance(text, str) or text == "":
+                raise InvalidRequestError(f"stop and bad_words need non-empty strings, got {text!r}")
+            if len(text) > MAX_STOP_CHARS:
+                raise InvalidRequestError(f"a stop string or bad word is longer than {MAX_STOP_CHARS} characters")
         for token_id, bias in self.logit_bias.items():
-            _check(_is_int(token_id) and token_id >= 0, f"logit_bias needs token ids ≥ 0, got {token_id!r}")
-            _check(_is_finite(bias) and abs(bias) <= 100, f"logit_bias values lie in [-100, 100], got {bias!r}")
-        if self.allowed_token_ids is not None:
-            _check(len(self.allowed_token_ids) > 0, "allowed_token_ids is empty: no token could be sampled")
-        _check(
-            all(isinstance(word, Sequence) and len(word) > 0 for word in self.bad_token_ids),
-            "bad_token_ids is a list of words, each a list of at least one token id",
-        )
+            if not (_is_int(token_id) and token_id >= 0):
+                raise InvalidRequestError(f"logit_bias needs token ids ≥ 0, got {token_id!r}")
+            if not (_is_finite(bias) and abs(bias) <= 100):
+                raise InvalidRequestError(f"logit_bias values lie in [-100, 100], got {bias!r}")
+        if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
+            raise InvalidRequestError("allowed_token_ids is empty: no token could be sampled")
+        for word in self.bad_token_ids:
+            if not isinstance(word, Sequence) or not len(word):
+                raise InvalidRequestError("bad_token_ids is a list of words, each a list of at least one token id")
         for token_id in (
             *self.stop_token_ids,
             *(i for word in self.bad_token_ids for i in word),
             *(self.allowed_token_ids or ()),
         ):
-            _check(_is_int(token_id) and token_id >= 0, f"token ids are whole numbers ≥ 0, got {token_id!r}")
+            if not (_is_int(token_id) and token_id >= 0):
+                raise InvalidRequestError(f"token ids are whole numbers ≥ 0, got {token_id!r}")
 
     def _check_forms(self) -> None:
-        _check(
-            self.structured is None or isinstance(self.structured, StructuredOutput),
-            f"structured must be a StructuredOutput, got {type(self.structured).__name__}",
-        )
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise InvalidRequestError(f"structured must be a StructuredOutput, got {type(self.structured).__name__}")
+        if self.pooling is None:
+            return
         kinds = get_args(Pooling)
-        _check(
-            self.pooling is None or self.pooling in kinds,
-            f"pooling must be one of {', '.join(kinds)}, got {self.pooling!r}",
-        )
-        if self.pooling is not None:
-            asked = [
-                name for name in ("structured", "logprobs", "prompt_logprobs") if getattr(self, name) is not None
-            ]
-            _check(
-                not asked and self.n == 1, f"pooling gives an embedding alone: leave out {', '.join(asked) or 'n'}"
-            )
+        if self.pooling not in kinds:
+            raise InvalidRequestError(f"pooling must be one of {', '.join(kinds)}, got {self.pooling!r}")
+        asked = [name for name in ("structured", "logprobs", "prompt_logprobs") if getattr(self, name) is not None]
+        if asked or self.n != 1:
+            raise InvalidRequestError(f"pooling gives an embedding alone: leave out {', '.join(asked) or 'n'}")
 
     @property
     def stop_ids(self) -> frozenset[int]:
