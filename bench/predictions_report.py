@@ -21,9 +21,6 @@ SHOWN = ("ttft_seconds.p50", "ttft_seconds.p99", "tpot_seconds.p50", "tpot_secon
 BARS = {"tpot_seconds": (0.05, 0.12), "ttft_seconds": (0.10, 0.25), "output_tokens_per_second": (0.04, 0.10)}
 
 
-BARS = {"tpot_seconds": (0.05, 0.12), "ttft_seconds": (0.10, 0.25), "output_tokens_per_second": (0.04, 0.10)}
-
-
 class Steps:
     """Every real step beside its prediction, without any correction: by the clock, of all steps and of those whose
     threads never waited for a processor; and by the CPU time of the engine's thread from one step's end to the next,

@@ -19,7 +19,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ class State:
 
 def do_case(case: Case, args: argparse.Namespace, state: State) -> dict[str, Any]:
     key = f"{case}, seed {case.seed}, {args.seconds:g} s, {args.candidates} candidates"
-    asked = PlanAsked(**_revived(state.get(f"{key}: ask", lambda: _plain(ask(case, args)))))
+    asked = PlanAsked.from_dict(state.get(f"{key}: ask", lambda: ask(case, args).as_dict()))
     problem = make_problem(asked)
     told = state.get(
         f"{key}: chosen",
@@ -221,15 +221,6 @@ def do_case(case: Case, args: argparse.Namespace, state: State) -> dict[str, Any
     return {"case": str(case), "rate": asked.arrivals.rate, "slo": asked.slo, "reached": reached, "noise": noise,
             "first": first, "again": again, "gains": gains,
             "candidates": {name: str(c) for name, c in chosen.items()}}  # fmt: skip
-
-
-def _plain(asked: PlanAsked) -> dict[str, Any]:
-    return asdict(asked)
-
-
-def _revived(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {**data, "traffic": Traffic(**data["traffic"]), "arrivals": Arrivals(**data["arrivals"]),
-            "profiles": tuple(data["profiles"])}  # fmt: skip
 
 
 def main() -> None:

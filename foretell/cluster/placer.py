@@ -48,11 +48,11 @@ class Placer:
         ]
 
     def start(self, job: StartInstance) -> Started:
-        from ray.exceptions import GetTimeoutError, RayError
+        from ray.exceptions import RayError
 
         try:
             return self._start(job)
-        except (RayError, GetTimeoutError) as error:
+        except RayError as error:
             self.end(job.name)
             text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise UnavailableError(f"an instance could not be started: {text}") from None

@@ -150,7 +150,7 @@ class StepBench:
         return 0.0 if self.device is not None else self.seconds(decodes(*REFERENCE)) or 0.0
 
     def with_launching(self, shape: Shape) -> tuple[float, float] | None:
-        """The same, and with its launching, should that take longer than the device's work."""
+        """``seconds`` of the step, and with its launching, should that take longer than the device's work."""
         before, seconds = len(self.launches), self.seconds(shape)
         launches = self.launches[before:]
         if seconds is None or not launches:

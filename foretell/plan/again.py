@@ -12,10 +12,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from foretell.benchmark.traffic import Arrivals, Traffic
 from foretell.cost.grid import BeyondProfileError
 from foretell.cost.named import refitted_path
 from foretell.errors import ConfigError, ForetellError
@@ -36,11 +36,8 @@ def asked_of(data: Mapping[str, Any], profile: Path) -> PlanAsked:
     asked = data.get("asked")
     if not isinstance(asked, dict):
         raise ConfigError("the plan does not say what it was made for: make it again with foretell plan")
-    traffic = {**asked["traffic"]}
-    if traffic["trace"] is not None:
-        traffic["trace"] = Path(traffic["trace"])
-    told = {"traffic": Traffic(**traffic), "arrivals": Arrivals(**asked["arrivals"]), "profiles": (str(profile),)}
-    return PlanAsked(**{**asked, **told, "most": min(asked["most"] or MOST, MOST)})
+    most = min(asked["most"] or MOST, MOST)
+    return replace(PlanAsked.from_dict(asked), profiles=(str(profile),), most=most)
 
 
 def again(data: Mapping[str, Any], profile: Path) -> tuple[Plan | None, str]:

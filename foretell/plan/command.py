@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from foretell.benchmark.commands import Asked, with_rate
 from foretell.benchmark.traffic import Arrivals, Traffic
@@ -50,6 +51,20 @@ class PlanAsked:
     any_layout: bool = False
     offline: bool | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """As a plan's file keeps it."""
+        data = asdict(self)
+        data["traffic"]["trace"] = None if self.traffic.trace is None else str(self.traffic.trace)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PlanAsked:
+        traffic = {**data["traffic"]}
+        if traffic["trace"] is not None:
+            traffic["trace"] = Path(traffic["trace"])
+        told = {"traffic": Traffic(**traffic), "arrivals": Arrivals(**data["arrivals"])}
+        return cls(**{**data, **told, "profiles": tuple(data["profiles"])})
+
 
 Bar = Callable[[], AbstractContextManager[Callable[[int, int, str], None]]]
 
@@ -66,8 +81,7 @@ def make_plan(asked: PlanAsked, *, bar: Bar = silent_bar) -> Plan:
     with bar() as report:
         found = search(problem, space, processes=usable_cpus(), most=asked.most, report=report)
     plan = conclude(problem, found, model=asked.model)
-    plan.asked = asdict(asked)
-    plan.asked["traffic"]["trace"] = None if asked.traffic.trace is None else str(asked.traffic.trace)
+    plan.asked = asked.as_dict()
     if plan.winner is not None:
         plan.engine["dtype"] = engine_dtype(found.candidates[plan.winner].weights)
     return plan

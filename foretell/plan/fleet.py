@@ -105,9 +105,11 @@ class Replica:
                 self.unfinished -= 1
             return ended is not None
         stretch = self.engine.run_ahead(until)
-        for request_id in stretch.request_ids if stretch else ():
-            self.fates[request_id].last = stretch.finished[-1] if stretch else 0.0
-        return stretch is not None
+        if stretch is None:
+            return False
+        for request_id in stretch.request_ids:
+            self.fates[request_id].last = stretch.finished[-1]
+        return True
 
     def add(self, index: int, tokens: list[int], params: SamplingParams, arrival: float, hashes: list[bytes]) -> None:
         if not self.engine.has_work:

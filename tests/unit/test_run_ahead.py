@@ -17,7 +17,8 @@ from foretell.core.engine import Engine
 from foretell.core.messages import Batch, Chunk
 from foretell.core.params import SamplingParams
 from foretell.cost import FloorCost, Hardware
-from foretell.executor.virtual import VIRTUAL_EOS, LinearCost, VirtualExecutor, synthetic_token
+from foretell.executor.virtual import VIRTUAL_EOS, LinearCost, VirtualExecutor
+from tests.unit.simulated import related_prompts
 
 COST = LinearCost(0.004, 0.0003, 1e-6)
 
@@ -98,13 +99,7 @@ def setups(draw: Any) -> dict[str, Any]:
     rng = random.Random(draw(st.integers(0, 10_000)))
     count, size = draw(st.integers(1, 12)), draw(st.sampled_from([1, 4, 16]))
     longest = 120
-    prompts = {i: [rng.randrange(50) for _ in range(rng.randrange(1, 40))] for i in range(count)}
-    for i in range(1, count):
-        if rng.random() < 0.5:  # a shared beginning
-            prompts[i] = prompts[i - 1][: rng.randrange(1, 40)] + prompts[i]
-        elif rng.random() < 0.5:  # the next turn of a conversation: with what was answered before
-            told = [synthetic_token(i - 1, n) for n in range(rng.randrange(1, 40))]
-            prompts[i] = (prompts[i - 1] + told + prompts[i])[: longest - 1]
+    prompts = related_prompts(rng, count, longest)
     spare = draw(st.integers(0, 40))
     config = SchedulerConfig(
         max_num_seqs=draw(st.sampled_from([1, 2, 4, 12])),
