@@ -27,7 +27,7 @@ from foretell.cluster.messages import (
 from foretell.cluster.place import Host, Span, describe, place, rooms
 from foretell.errors import ConfigError, ForetellError, UnavailableError
 from foretell.memory import DEFAULT_KV_SHARE
-from foretell.server.supervisor import Launched
+from foretell.server.connection import Launched
 
 ARRIVAL_SECONDS = 60.0
 AVOID_SECONDS = 30.0  # a host that was just lost: Ray takes a while to notice

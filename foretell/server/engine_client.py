@@ -22,9 +22,10 @@ from foretell.cost.operations import kv_bytes
 from foretell.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
 from foretell.prompts import Prompt, PromptPreparer
 from foretell.server import wire
+from foretell.server.connection import Listener
 from foretell.server.engine_port import EnginePort, turn_back, wire_options
 from foretell.server.mailbox import Mailbox
-from foretell.server.supervisor import ENGINE_COMMAND, Launch, Listener, Supervisor, Watch, launch_here
+from foretell.server.supervisor import ENGINE_COMMAND, Launch, Supervisor, Watch, launch_here
 from foretell.server.text_engine import EngineAbout
 from foretell.store import load_tokenizer, resolve
 from foretell.tracking import Tracker, Tracking, Update

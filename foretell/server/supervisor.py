@@ -9,43 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import socket
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from foretell.children import python_module, start_child
 from foretell.errors import ForetellError, UnavailableError
 from foretell.server import wire
+from foretell.server.connection import Connection, Launched, Listener, connect
 
 log = logging.getLogger("foretell.server")
 ENGINE_COMMAND = tuple(python_module("foretell.server.engine_process"))
 State = Literal["starting", "running", "restarting", "stopped"]
-
-
-class EngineProcess(Protocol):
-    """An engine's process, here or on another host, where no exit status can be had of it."""
-
-    pid: int
-    returncode: int | None
-
-    def kill(self) -> None: ...
-
-    def wait(self) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A process that was started, and the connection to it. ``options`` go over those of the engine; ``host``: which
-    one it is on, "" for this."""
-
-    process: EngineProcess
-    sock: socket.socket
-    options: dict[str, Any] = field(default_factory=dict)
-    host: str = ""
 
 
 Launch = Callable[[], Awaitable[Launched]]
@@ -73,15 +49,6 @@ class Watch:
     longest_pause_seconds: float = 30.0  # doubled for every start that fails, up to this
 
 
-@dataclass(slots=True)
-class Listener:
-    """Who hears of the engine; called in the event loop."""
-
-    on_message: Callable[[Any], None]
-    on_down: Callable[[str], None]  # the engine is gone, and why; requests under way are lost
-    on_phase: Callable[[str, float], None] = field(default=lambda name, seconds: None)
-
-
 class Supervisor:
     """Belongs to the event loop it is started in, and to that loop's thread for as long as it runs."""
 
@@ -99,9 +66,9 @@ class Supervisor:
         self.watch = watch or Watch()
         self._listener = listener
         self._launch = launch or launch_here(ENGINE_COMMAND)
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._host = ""
-        self._unreaped: set[_Connection] = set()
+        self._unreaped: set[Connection] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> wire.Ready:
@@ -163,8 +130,8 @@ class Supervisor:
 
     # -- one engine after the other -----------------------------------------------------------------
 
-    async def _start_one(self) -> tuple[_Connection, wire.Ready]:
-        connection = await _connect(await self._launch(), self._listener)
+    async def _start_one(self) -> tuple[Connection, wire.Ready]:
+        connection = await connect(await self._launch(), self._listener)
         self._unreaped.add(connection)
         try:
             connection.send(wire.Start({**self.options, **connection.launched.options}))
@@ -177,11 +144,11 @@ class Supervisor:
         self._connection, self.state, self._host = connection, "running", connection.launched.host
         return connection, ready
 
-    async def _end(self, connection: _Connection) -> None:
+    async def _end(self, connection: Connection) -> None:
         await connection.end()
         self._unreaped.discard(connection)
 
-    async def _keep_running(self, connection: _Connection) -> None:
+    async def _keep_running(self, connection: Connection) -> None:
         while True:
             reason = await asyncio.shield(connection.lost)
             self._connection, self.state = None, "restarting"
@@ -193,7 +160,7 @@ class Supervisor:
             connection = await self._restart()
             self.restarts += 1
 
-    async def _restart(self) -> _Connection:
+    async def _restart(self) -> Connection:
         """Try until an engine runs."""
         pause = self.watch.first_pause_seconds
         while True:
@@ -222,106 +189,6 @@ class Supervisor:
                 connection.fail(f"the engine has hung for {self.watch.hang_seconds:g} s")
 
 
-class _Connection(asyncio.Protocol):
-    """One engine process and the socket to it. ``lost`` gets the reason when the engine is gone."""
-
-    def __init__(self, launched: Launched, listener: Listener) -> None:
-        loop = asyncio.get_running_loop()
-        self.launched = launched
-        self.clock_ahead_seconds = 0.0
-        self._comparisons: deque[tuple[float, float]] = deque(maxlen=64)  # (round trip, ahead): clocks drift
-        self.ready: asyncio.Future[wire.Ready] = loop.create_future()
-        self.lost: asyncio.Future[str] = loop.create_future()
-        self.last_sign = loop.time()
-        self._time = loop.time
-        self._listener = listener
-        self._reader = wire.FrameReader(wire.from_engine)
-        self._transport: asyncio.Transport | None = None
-        self._pinged: float | None = None  # when
-
-    def send(self, message: wire.Message) -> None:
-        self.send_frame(wire.encode(message))
-
-    def send_frame(self, frame: bytearray) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame)
-
-    def ping(self) -> None:
-        """One at a time: a busy engine need not answer them all."""
-        if self._pinged is None:
-            self._pinged = time.monotonic()
-            self.send(wire.Ping())
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self.last_sign = self._time()
-        try:
-            for message in self._reader.feed(data):
-                self._take(message)
-        except wire.WireError as error:
-            self.fail(f"the engine's connection is broken: {error}")
-
-    def _take(self, message: wire.FromEngine) -> None:
-        match message:
-            case wire.Phase(name, seconds):
-                self._listener.on_phase(name, seconds)
-            case wire.Ready():
-                if not self.ready.done():
-                    self.ready.set_result(message)
-            case wire.Failed(text, user_error):
-                if not self.ready.done():
-                    self.ready.set_exception(ForetellError(text) if user_error else UnavailableError(text))
-                self.fail(f"the engine failed: {text}")
-            case _:
-                if isinstance(message, wire.Stats):
-                    self._compare(message.now)
-                if not self.lost.done():
-                    self._listener.on_message(message)
-
-    async def compare_clocks(self, times: int = 5) -> None:
-        """Before the first request comes; UnavailableError if the engine is lost meanwhile."""
-        while len(self._comparisons) < times:
-            if self.lost.done():
-                raise UnavailableError(self.lost.result())
-            self.ping()
-            await asyncio.sleep(0.01)
-
-    def _compare(self, theirs: float) -> None:
-        """The two hosts' clocks, as of the ping that was answered soonest of late: at worst half its time off."""
-        if self._pinged is None:
-            return
-        sent, self._pinged = self._pinged, None
-        if self.launched.host:
-            now = time.monotonic()
-            self._comparisons.append((now - sent, theirs - (sent + now) / 2))
-            round_trip, ahead = min(self._comparisons)
-            self.clock_ahead_seconds = ahead if abs(ahead) > round_trip / 2 else 0.0  # they may well be the same
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
-        host = self.launched.host
-        self.fail(f"the engine died or its host {host} is cut off" if host else "the engine died")
-
-    def fail(self, reason: str) -> None:
-        """Give it up for this reason; the process is ended."""
-        with suppress(ProcessLookupError):
-            self.launched.process.kill()
-        if not self.lost.done():
-            self.lost.set_result(reason)
-        if not self.ready.done():
-            self.ready.set_exception(UnavailableError(f"{reason} while it started"))
-            self.ready.exception()  # taken note of, should nobody wait for it
-
-    async def end(self) -> None:
-        """The process is gone and reaped when this returns."""
-        self.fail("the engine was ended")
-        if self._transport is not None:
-            self._transport.abort()
-        await asyncio.to_thread(self.launched.process.wait)
-
-
 def how_it_ended(status: int | None) -> str:
     """An exit status in words."""
     if status == -signal.SIGKILL:
@@ -330,17 +197,3 @@ def how_it_ended(status: int | None) -> str:
         with suppress(ValueError):
             return f"by signal {signal.Signals(-status).name}"
     return f"exit status {status}"
-
-
-async def _connect(launched: Launched, listener: Listener) -> _Connection:
-    process, ours = launched.process, launched.sock
-    ours.setblocking(False)
-    loop = asyncio.get_running_loop()
-    try:
-        _, connection = await loop.create_connection(lambda: _Connection(launched, listener), sock=ours)
-    except BaseException:
-        process.kill()
-        process.wait()
-        ours.close()
-        raise
-    return connection
