@@ -8,16 +8,21 @@ from foretell.config import ModelSpec, SchedulerConfig
 from foretell.errors import ConfigError
 
 
-def block_bytes(spec: ModelSpec, block_size: int, bytes_per_element: int) -> tuple[int, ...]:
-    """Bytes of one block in each KV group: K and V of all its layers."""
+def block_bytes(
+    spec: ModelSpec, block_size: int, bytes_per_element: int, only: range | None = None
+) -> tuple[int, ...]:
+    """Bytes of one block in each KV group: K and V of all its layers, or of those of a pipeline stage (``only``)."""
     per_layer = 2 * block_size * spec.num_kv_heads * spec.head_dim * bytes_per_element
-    return tuple(per_layer * len(group.layers) for group in spec.kv_groups)
+    return tuple(per_layer * sum(only is None or layer in only for layer in group.layers) for group in spec.kv_groups)
 
 
-def plan_blocks(spec: ModelSpec, config: SchedulerConfig, kv_bytes: int, bytes_per_element: int) -> tuple[int, ...]:
-    """Blocks per KV group within ``kv_bytes``. No group gets more than all sequences at full length can use;
-    a sliding group no more than their windows and one step's tokens. ConfigError if nothing useful fits."""
-    sizes = block_bytes(spec, config.block_size, bytes_per_element)
+def plan_blocks(
+    spec: ModelSpec, config: SchedulerConfig, kv_bytes: int, bytes_per_element: int, only: range | None = None
+) -> tuple[int, ...]:
+    """Blocks per KV group within ``kv_bytes``, which all layers share, or those of a pipeline stage (``only``). No
+    group gets more than all sequences at full length can use; a sliding group no more than their windows and one
+    step's tokens. ConfigError if nothing useful fits."""
+    sizes = block_bytes(spec, config.block_size, bytes_per_element, only)
     most, least = zip(*(_bounds(group.window, config) for group in spec.kv_groups), strict=True)
     needed = sum(n * size for n, size in zip(least, sizes, strict=True))
     if kv_bytes < needed:
@@ -27,7 +32,7 @@ def plan_blocks(spec: ModelSpec, config: SchedulerConfig, kv_bytes: int, bytes_p
         )
     sliding = [i for i, group in enumerate(spec.kv_groups) if group.window is not None]
     full = [i for i, group in enumerate(spec.kv_groups) if group.window is None]
-    counts = list(least)
+    counts = [few if size else many for few, many, size in zip(least, most, sizes, strict=True)]
     # Sliding groups first, with up to half: they bound how many sequences run, full ones how long they get
     for groups, divisor in ((sliding, 2 if full else 1), (full, 1), (sliding, 1)):
         spare = (kv_bytes - sum(n * size for n, size in zip(counts, sizes, strict=True))) // divisor

@@ -145,13 +145,13 @@ def resolve_device(options: EngineOptions) -> str:
 def _device(options: EngineOptions) -> str:
     import torch
 
-    if options.device == "cpu" or (options.device == "auto" and options.tp * options.pp > 1):
+    if options.device == "cpu":
         return "cpu"
     there = torch.cuda.is_available()
     if options.device == "cuda" and not there:
         raise ConfigError("device is 'cuda' and torch sees no GPU here: use device='cpu', or check driver and torch")
-    if options.device == "cuda" and options.tp * options.pp > 1:
-        raise ConfigError("tp and pp run on CPU processes only so far: use device='cpu', or one GPU")
+    if options.device == "auto" and torch.cuda.device_count() < options.tp * options.pp:
+        return "cpu"  # ranks of a GPU each, or of none
     return "cuda" if there else "cpu"
 
 
@@ -168,6 +168,8 @@ def scheduler_config(
     """What the options leave open is chosen for the device, and for a GPU's memory where that is known."""
     unwatched = device == "cuda" and not options.interactive
     usual_tokens = BATCH_MAX_TOKENS[gpu_bytes >= LARGE_GPU] if unwatched else DEFAULT_MAX_TOKENS[device]
+    if unwatched and options.pp > 1:  # a stage idles for a step at the beginning and at the end
+        usual_tokens //= 2 * options.pp
     most_tokens = options.max_num_batched_tokens or max(usual_tokens, options.max_num_seqs or 1)
     most_seqs = options.max_num_seqs or min(DEFAULT_MAX_SEQS[device], most_tokens)
     return SchedulerConfig(

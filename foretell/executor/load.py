@@ -66,7 +66,7 @@ def load(
     phases: Phases,
 ) -> Loaded:
     """The model where the options want it; ``device`` is "cpu" or "cuda"."""
-    load_there = _load_on_gpu if device == "cuda" else _load_ranks if options.tp * options.pp > 1 else _load_here
+    load_there = _load_ranks if options.tp * options.pp > 1 else _load_on_gpu if device == "cuda" else _load_here
     return load_there(options, files, spec, config, dtype, phases)
 
 
@@ -88,9 +88,10 @@ def _load_on_gpu(
     """The whole model on a GPU."""
     import torch
 
+    from foretell.executor.overlapped import OverlappedExecutor
     from foretell.kernels import get_kernels
     from foretell.model.load import load_dummy, load_model
-    from foretell.worker.cuda_setup import cuda_executor
+    from foretell.worker.cuda_setup import cuda_runner
 
     device = torch.device("cuda", torch.cuda.current_device())
     torch.zeros(1, device=device)
@@ -113,7 +114,7 @@ def _load_on_gpu(
     phases.done("weights")
     compiling()
     phases.done("compiling")
-    executor, ledger = cuda_executor(
+    runner, num_blocks, ledger = cuda_runner(
         model,
         config,
         kv_dtype,
@@ -122,6 +123,7 @@ def _load_on_gpu(
         kv_cache_bytes=options.kv_cache_bytes,
         done=phases.done,
     )
+    executor = OverlappedExecutor(runner, num_blocks)
     return Loaded(executor, model.weight_bytes, model.weight_format, kernels.name, ledger)
 
 
@@ -165,6 +167,7 @@ def _load_ranks(
     phases: Phases,
 ) -> Loaded:
     """The model shared by tp × pp processes."""
+    from foretell.options import resolve_device
     from foretell.parallel.start import start_parallel, weights_of
 
     executor = start_parallel(
@@ -172,6 +175,7 @@ def _load_ranks(
         files,
         spec,
         config,
+        device=resolve_device(options),
         dtype=str(dtype).removeprefix("torch."),
         element_bytes=dtype.itemsize,
         kv_bytes=options.kv_cache_bytes or default_kv_bytes(),

@@ -27,7 +27,7 @@ from foretell.core.messages import Batch, Result
 from foretell.core.params import SamplingParams
 from foretell.errors import ForetellError
 from foretell.executor.prepare import Preparing
-from foretell.parallel.layout import Layout
+from foretell.parallel.layout import Layout, in_flight
 from foretell.parallel.meeting import Meeting, RankProcess, start_here
 from foretell.parallel.messages import (
     Beat,
@@ -72,21 +72,20 @@ class Rank:
 
 
 class ParallelExecutor:
-    """Starts the ranks, which load at once. ``chain`` is 0: a sampled token travels with the next batch."""
-
-    chain = 0
+    """Starts the ranks, which load at once. ``num_blocks`` is what they say."""
 
     def __init__(
         self,
         layout: Layout,
         setup: Callable[[int, str], Setup],
-        num_blocks: tuple[int, ...],
         *,
+        device: str = "cpu",
         progress: Callable[[str], None] | None = None,
         meeting: Meeting | None = None,
     ) -> None:
         """``setup(rank, store_url)``: what that rank is told first. ``meeting``: where ranks of other hosts come."""
-        self.layout, self.num_blocks, self.depth = layout, num_blocks, layout.pp
+        self.layout = layout
+        self.depth, self.chain = in_flight(layout, device)
         self._preparing = Preparing()
         self._sampling_rank = next(
             i for i in range(layout.num_ranks) if layout.place(i).is_last and layout.place(i).shard == 0
@@ -134,6 +133,7 @@ class ParallelExecutor:
             if progress is not None:
                 progress(f"{waiting[0].name}: {waiting[0].phase}")
             self._poll(1.0)
+        self.num_blocks = tuple(ready_of(self.ranks)[0].num_blocks)
         shutil.rmtree(self._folder, ignore_errors=True)  # they have met: should this process be killed, nothing stays
 
     # -- the executor's interface -------------------------------------------------------------------

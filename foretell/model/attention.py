@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foretell.kernels.base import BatchContext, HeadNorms, Kernels, KVLayer, Linear
 from foretell.model.norm import Norm
+from foretell.model.residual import Adds, Pending
 from foretell.model.rope import Rotation
 
 
@@ -21,7 +22,7 @@ class Attention:
 
     kernels: Kernels
     qkv: Linear  # [(H + 2G)·D, h]: the rows of W_q, then W_k, then W_v
-    o: Linear  # [h, H·D]
+    o: Adds  # [h, H·D]
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -31,7 +32,7 @@ class Attention:
     q_norm: Norm | None = None  # the whole projection is, all heads together
     k_norm: Norm | None = None
 
-    def __call__(self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation | None, context: BatchContext, kv: KVLayer) -> Tensor | Pending:
         """x [M, h] → [M, h]; the tokens' keys and values stay behind in the cache, the queries do not."""
         q, k, v = self.project(x)
         mixed = self.kernels.attend(q, k, v, self.head_norms, rotation, kv, context, self.scale, self.window)

@@ -10,13 +10,18 @@ from foretell.kernels.base import BatchContext, KVLayer
 from foretell.model.attention import Attention
 from foretell.model.mlp import MLP
 from foretell.model.norm import Norm, PostNorm
-from foretell.model.residual import PendingNorm, Residual, chosen, total
+from foretell.model.residual import Pending, Residual, chosen, total
 from foretell.model.rope import Rotation
 
 
 def unchanged(x: Residual) -> Tensor:
     """The norm that a family does not have at this place."""
     return total(x)
+
+
+def as_it_is(y: Tensor | Pending) -> Tensor | Pending:
+    """The same, of what a half gives."""
+    return y
 
 
 @dataclass(slots=True)
@@ -27,8 +32,8 @@ class Block:
     mlp: MLP
     attention_norm: Norm = unchanged
     mlp_norm: Norm = unchanged
-    attention_post_norm: PostNorm = unchanged
-    mlp_post_norm: PostNorm = unchanged
+    attention_post_norm: PostNorm = as_it_is
+    mlp_post_norm: PostNorm = as_it_is
     residual_multiplier: float = 1.0
     parallel: bool = False  # both halves read the same x (GPT-J's form, used by GPT-NeoX and Falcon)
 
@@ -41,7 +46,7 @@ class Block:
         x = x + self.scaled(self.attention_post_norm(attended))
         return x + self.scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
-    def scaled(self, x: Tensor | PendingNorm) -> Tensor | PendingNorm:
+    def scaled(self, x: Tensor | Pending) -> Tensor | Pending:
         return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
 
 

@@ -77,6 +77,7 @@ class Builder:
             final_norm=self.norm("final_norm") if layers.stop == spec.num_layers else None,
             first_layer=layers.start,
             stream=self.stream if self.kernels.defers_sums else None,
+            activation_dtype=self.activation_dtype,
             weight_bytes=self.weight_bytes,
             weight_format=self.weight_format(),
         )

@@ -47,7 +47,7 @@ class DeviceDummyWeights:
 
     def read(self, name: str, dtype: torch.dtype, take: Take | None = None) -> Tensor:
         whole = self._whole(name, dtype)
-        return whole if take is None else take(whole)
+        return whole if take is None else take(whole).clone()  # not the rest with it
 
     def _whole(self, name: str, dtype: torch.dtype) -> Tensor:
         shape = self.shapes[name]

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from foretell.config import Activation
 from foretell.kernels.base import Kernels, Linear
+from foretell.model.residual import Adds, Pending
 
 
 class MLP(Protocol):
     """Anything that maps each token's [h] to [h]: gated, plain, or a mixture of experts."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor | Pending:
         """x [M, h] → [M, h]."""
         ...
 
@@ -25,10 +26,10 @@ class GatedMLP:
 
     kernels: Kernels
     gate_up: Linear  # [2·ffn, h]: the rows of W_gate, then W_up
-    down: Linear  # [h, ffn]
+    down: Adds  # [h, ffn]
     activation: Activation
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor | Pending:
         return self.down(self.kernels.gated_linear(self.gate_up, x, self.activation))
 
 
@@ -38,8 +39,8 @@ class PlainMLP:
 
     kernels: Kernels
     up: Linear  # [ffn, h]
-    down: Linear  # [h, ffn]
+    down: Adds  # [h, ffn]
     activation: Activation
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor | Pending:
         return self.down(self.kernels.activate(self.up(x), self.activation))

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from foretell.config import Norm as NormKind
 from foretell.kernels.base import Kernels
-from foretell.model.residual import PendingNorm, PendingSum, Residual, total
+from foretell.model.residual import Pending, PendingNorm, PendingSum, Residual, total
 
 Norm = Callable[[Residual], Tensor]  # [..., C] → [..., C]
-PostNorm = Callable[[Residual], Tensor | PendingNorm]
+PostNorm = Callable[[Tensor | Pending], Tensor | Pending]
 
 
 @dataclass(slots=True)
@@ -21,10 +21,10 @@ class RMSNorm:
     weight: Tensor  # [C] float32
     eps: float
 
-    def __call__(self, x: Residual) -> Tensor:
+    def __call__(self, x: Residual | Pending) -> Tensor:
         if isinstance(x, PendingSum):
             return x.rms_normed(self.weight, self.eps)
-        return self.kernels.rms_norm(x, self.weight, self.eps)
+        return self.kernels.rms_norm(total(x), self.weight, self.eps)
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class DeferredRMSNorm:
     weight: Tensor  # [C] float32
     eps: float
 
-    def __call__(self, y: Residual) -> PendingNorm:
+    def __call__(self, y: Tensor | Pending) -> PendingNorm:
         return PendingNorm(self.kernels, total(y), self.weight, self.eps)
 
 
@@ -46,7 +46,7 @@ class LayerNorm:
     bias: Tensor | None
     eps: float
 
-    def __call__(self, x: Residual) -> Tensor:
+    def __call__(self, x: Residual | Pending) -> Tensor:
         return self.kernels.layer_norm(total(x), self.weight, self.bias, self.eps)
 
 

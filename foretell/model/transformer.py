@@ -66,6 +66,7 @@ class Transformer:
     head: Head | None
     first_layer: int = 0
     stream: Callable[[Tensor], Residual] | None = None  # what blocks add to, where that is not the plain tensor
+    activation_dtype: torch.dtype = torch.float32
     weight_bytes: int = 0  # memory of linear layers and embeddings
     weight_format: str = ""  # how the linear layers' weights are kept, for people
     rope: RotaryTable | None = field(init=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 if TYPE_CHECKING:
+    from foretell.model.residual import Pending
     from foretell.parallel.layout import Layout, Place
 
 
@@ -27,15 +28,32 @@ class Group(Protocol):
         """x, replaced by the sum over the group; on every rank the same bits."""
         ...
 
+    def summed(self, x: Tensor) -> Tensor | Pending:
+        """The same, or a note that it is to be done; x must not be written again."""
+        ...
+
     def gather(self, x: Tensor) -> Tensor:
         """[R, n] on each rank → [R, size · n] on every rank, shard by shard."""
+        ...
+
+    def gather_into(self, x: Tensor, out: Tensor) -> None:
+        """The same, into ``out`` [R, N], what is beyond N left out."""
         ...
 
 
 class Communicator:
     """The torch.distributed groups of one rank in a layout. ``timeout_seconds`` bounds every collective."""
 
-    def __init__(self, layout: Layout, place: Place, store_url: str, *, backend: str, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        place: Place,
+        store_url: str,
+        *,
+        backend: str,
+        timeout_seconds: float,
+        device: torch.device | None = None,
+    ) -> None:
         seconds, store = timedelta(seconds=timeout_seconds), None
         if store_url.startswith("tcp://"):  # the driver's, of whichever host; files are of one host
             host, port = store_url.removeprefix("tcp://").rsplit(":", 1)
@@ -47,33 +65,43 @@ class Communicator:
             rank=place.rank,
             world_size=layout.num_ranks,
             timeout=seconds,
+            device_id=device,
         )
         self.layout, self.place = layout, place
         self.size, self.shard = layout.tp, place.shard
         groups = [  # every rank takes part in making every group
             dist.new_group([stage * layout.tp + shard for shard in range(layout.tp)]) for stage in range(layout.pp)
         ]
-        self._group = groups[place.stage]
+        self.group = groups[place.stage]
+        # from the stage before and to the next; None: the group of all
+        self.way_in: dist.ProcessGroup | None = None
+        self.way_out: dist.ProcessGroup | None = None
         self._sending: list[tuple[dist.Work | None, Tensor]] = []
 
     def sum_(self, x: Tensor) -> Tensor:
-        dist.all_reduce(x, group=self._group)
+        dist.all_reduce(x, group=self.group)
         return x
+
+    def summed(self, x: Tensor) -> Tensor | Pending:
+        return self.sum_(x)
 
     def gather(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self._group)
+        dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=1)
+
+    def gather_into(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(self.gather(x)[:, : out.shape[1]])
 
     def send_on(self, x: Tensor) -> None:
         """Hidden states to the same shard of the next stage; returns at once, ``x`` must not be written again."""
         self._sending = [(work, kept) for work, kept in self._sending if work is not None and not work.is_completed()]
-        self._sending.append((dist.isend(x.contiguous(), self.place.rank + self.layout.tp), x))
+        self._sending.append((dist.isend(x.contiguous(), self.place.rank + self.layout.tp, group=self.way_out), x))
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Hidden states from the same shard of the stage before."""
         x = torch.empty(shape, dtype=dtype)
-        dist.recv(x, self.place.rank - self.layout.tp)
+        dist.recv(x, self.place.rank - self.layout.tp, group=self.way_in)
         return x
 
     def preflight(self) -> None:

@@ -49,6 +49,15 @@ class Place:
         return f"rank {self.rank} (stage {self.stage}, shard {self.shard})"
 
 
+def in_flight(layout: Layout, device: str) -> tuple[int, int]:
+    """(batches in flight, sampled tokens of a request that may be outstanding when its next is planned). A token
+    travels to the first stage with the next batch; where there is one stage of GPUs, they have it already. On GPUs a
+    pipeline has a batch more than stages, so that the first one computes while the driver plans."""
+    if device == "cpu":
+        return layout.pp, 0
+    return (2, 1) if layout.pp == 1 else (layout.pp + 1, 0)
+
+
 def make_layout(spec: ModelSpec, tp: int, pp: int) -> Layout:
     """The layout, or ConfigError that says why there is none and which there are."""
     reason = refusal(spec, tp, pp)

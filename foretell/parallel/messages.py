@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from foretell.config import SchedulerConfig
 from foretell.core.messages import Batch, ChunkResult
 from foretell.core.structured import StructuredOutput
 
@@ -17,7 +18,8 @@ _LENGTH = struct.Struct("<Q")
 
 
 class Setup(msgspec.Struct, tag=True):
-    """Everything a rank needs to load its share and join the others. ``num_blocks``: per KV group."""
+    """Everything a rank needs to load its share and join the others. ``num_blocks``: per KV group; on GPUs the ranks
+    find out together how many there are. ``device``: "cpu" or "cuda"."""
 
     model: str
     load_format: str
@@ -31,11 +33,15 @@ class Setup(msgspec.Struct, tag=True):
     pp: int
     rank: int
     num_blocks: list[int]
-    block_size: int
+    config: SchedulerConfig
     store_url: str
-    backend: str
     timeout_seconds: float
     offline: bool | None = True
+    device: str = "cpu"
+    memory_share: float = 0.9
+    kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
+    quantization: str | None = None
 
 
 class Step(msgspec.Struct, tag=True):
@@ -57,13 +63,17 @@ class Stop(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """Loaded and met the others. Bytes as kept, and by which loading made the process grow; seconds by phase."""
+    """Loaded and met the others. Bytes as kept, and by which loading made the process grow; seconds by phase; on a
+    GPU its memory by purpose, and what of it is the driver's to plan with."""
 
     weight_bytes: int
     resident_bytes: int
     weight_format: str
     kernels: str
     phases: dict[str, float]
+    num_blocks: list[int]
+    ledger: dict[str, int] = {}
+    memory_bytes: int = 0
 
 
 class Done(msgspec.Struct, tag=True):

@@ -19,6 +19,7 @@ from foretell.children import die_with_parent
 from foretell.core.params import SamplingParams
 from foretell.errors import OverloadedError
 from foretell.executor.prepare import prepare_grammar
+from foretell.parallel.loading import Loading
 from foretell.parallel.messages import (
     Beat,
     Channel,
@@ -34,7 +35,11 @@ from foretell.parallel.messages import (
 )
 
 if TYPE_CHECKING:
+    from foretell.core.messages import ChunkResult
+    from foretell.parallel.device_stage import DeviceStage
     from foretell.parallel.stage import StageRunner
+
+    Runner = StageRunner | DeviceStage
 
 BEAT_SECONDS = 0.5
 
@@ -64,18 +69,20 @@ def main(fd: int | None, *, tied: bool) -> int:
     heart = Heart(channel)
     try:
         setup = channel.receive()
-        started = time.perf_counter()
         runner, ready = load(setup, heart)
-        ready.phases["whole"] = time.perf_counter() - started
         channel.send(ready)
         serve(channel, runner, heart)
     except EOFError:
         return 1
     except Exception as error:
-        with contextlib.suppress(OSError):
-            channel.send(Failed(f"{heart.phase}: {type(error).__name__}: {first_line(error)}"))
+        say_failed(channel, heart, error)
         return 1
     return 0
+
+
+def say_failed(channel: Channel, heart: Heart, error: Exception) -> None:
+    with contextlib.suppress(OSError):
+        channel.send(Failed(f"{heart.phase}: {type(error).__name__}: {first_line(error)}"))
 
 
 def dialled() -> socket.socket:
@@ -85,66 +92,24 @@ def dialled() -> socket.socket:
     return dial_from_environment()
 
 
-def load(setup: Setup, heart: Heart) -> tuple[StageRunner, Ready]:
+def load(setup: Setup, heart: Heart) -> tuple[Runner, Ready]:
     """The rank's share of model and cache, and its place among the others."""
-    phases: dict[str, float] = {}
-    started = time.perf_counter()
-    heart.phase = "importing torch"
-    import torch
-
-    torch.set_num_threads(setup.num_threads)
-    from foretell.grammar.compiler import GrammarCompiler
-    from foretell.kernels import get_kernels
-    from foretell.model.build import Builder
-    from foretell.model.load import DTYPES, spec_for
-    from foretell.model.weights import DummyWeights, FileWeights, Weights
-    from foretell.parallel.comm import Communicator
-    from foretell.parallel.layout import make_layout, shard_spec
-    from foretell.parallel.shard import ShardedWeights
-    from foretell.parallel.stage import StageRunner
-    from foretell.parallel.wrap import wrap
-    from foretell.store import load_tokenizer, open_tensors, resolve
-    from foretell.worker.kv import allocate
-
-    phases["import torch"] = time.perf_counter() - started
-    heart.phase = "meeting the other ranks"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    files = resolve(setup.model, offline=setup.offline)
-    spec = spec_for(files)
-    layout = make_layout(spec, setup.tp, setup.pp)
-    place = layout.place(setup.rank)
-    comm = Communicator(layout, place, setup.store_url, backend=setup.backend, timeout_seconds=setup.timeout_seconds)
-    comm.preflight()
-    phases["meeting"] = time.perf_counter() - started - phases["import torch"]
-    heart.phase = "loading weights"
-    kernels = get_kernels(setup.kernels, batch_invariant=setup.batch_invariant)
-    kernels.set_threads(setup.num_threads)
-    weights: Weights
-    if setup.load_format == "dummy":
-        weights = DummyWeights(spec, setup.seed)
-    else:
-        weights = FileWeights(open_tensors(files), spec)
-    if setup.tp > 1:
-        weights = ShardedWeights(weights, spec, setup.tp, place.shard)
-    own, dtype = shard_spec(spec, setup.tp), DTYPES[setup.dtype]
-    before = resident_bytes()
-    builder = Builder(own, weights, kernels, dtype, layers=place.layers, keep_quantised=setup.keep_quantised)
-    model = wrap(builder.build(), comm, spec.vocab_size)
-    resident = resident_bytes() - before
-    phases["weights"] = time.perf_counter() - started - sum(phases.values())
-    kv = allocate(own, tuple(setup.num_blocks), setup.block_size, dtype, place.layers)
-    torch_threads = 1 if kernels.name == "cpu" else None
-    runner = StageRunner(model, kv, setup.block_size, comm, spec.vocab_size, torch_threads=torch_threads)
-    if runner.samples:
-        runner.grammars = GrammarCompiler(lambda: load_tokenizer(files), spec.vocab_size)
-    heart.phase = "waiting for the others to load"
-    comm.preflight()
-    return runner, Ready(model.weight_bytes, resident, model.weight_format, kernels.name, phases)
+    loading = Loading(setup, heart)
+    return loading.on_gpu() if setup.device == "cuda" else loading.on_cpu()
 
 
-def serve(channel: Channel, runner: StageRunner, heart: Heart) -> None:
+def serve(channel: Channel, runner: Runner, heart: Heart) -> None:
+    def done(batch_id: int, results: list[ChunkResult], started: float, parts: dict[str, float]) -> None:
+        channel.send(Done(batch_id, results, started, time.monotonic(), parts))
+
+    def failed(error: Exception) -> None:
+        say_failed(channel, heart, error)
+        os._exit(1)  # from a thread beside the main one, which may be caught in a collective
+
+    execute = runner.begin(done, failed)
     while True:
-        heart.phase = "idle"
+        if not runner.ahead:
+            heart.phase = "idle"
         message = channel.receive()
         if isinstance(message, Stop):
             return
@@ -154,13 +119,10 @@ def serve(channel: Channel, runner: StageRunner, heart: Heart) -> None:
         if not isinstance(message, Step):
             raise TypeError(f"a rank was sent {type(message).__name__}")
         heart.phase = f"step {message.batch.id}"
-        started = time.monotonic()
-        results = runner.execute_step(message.batch, message.tokens)
-        if runner.samples:
-            channel.send(Done(message.batch.id, results, started, time.monotonic(), runner.parts))
+        execute(message.batch, message.tokens)
 
 
-def prepare(channel: Channel, runner: StageRunner, message: Prepare) -> None:
+def prepare(channel: Channel, runner: Runner, message: Prepare) -> None:
     """Have a form compiled beside the steps, and say when it is."""
 
     def done(prepared: Future[None]) -> None:
@@ -172,19 +134,6 @@ def prepare(channel: Channel, runner: StageRunner, message: Prepare) -> None:
     found = prepare_grammar(runner.grammars, SamplingParams(structured=message.form))
     if found is not None:
         found.add_done_callback(done)
-
-
-def resident_bytes() -> int:
-    """Memory of this process alone, without mapped files, after giving back what is free; 0 where nobody tells."""
-    import ctypes
-    from pathlib import Path
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-    return 0
 
 
 def first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,9 @@ from foretell.worker.state import RequestState
 if TYPE_CHECKING:
     from foretell.model.transformer import Transformer
     from foretell.parallel.comm import Communicator
+
+
+Done = Callable[[int, list[ChunkResult], float, dict[str, float]], None]  # batch id, results, started, parts
 
 
 class SilentSampler(Sampler):
@@ -44,6 +48,19 @@ class StageRunner(ModelRunner):
         self.comm = comm
         self.samples = comm.place.is_last and comm.shard == 0
         self.sampler = Sampler(vocab_size) if self.samples else SilentSampler(vocab_size)
+
+    ahead = False  # a step is done when ``begin``'s result returns
+
+    def begin(self, done: Done, failed: Callable[[Exception], None]) -> Callable[[Batch, dict[int, list[int]]], None]:
+        """What computes a batch; ``done`` hears of it where the results are."""
+
+        def execute(batch: Batch, tokens: dict[int, list[int]]) -> None:
+            started = time.monotonic()
+            results = self.execute_step(batch, tokens)
+            if self.samples:
+                done(batch.id, results, started, self.parts)
+
+        return execute
 
     @torch.inference_mode()
     def execute_step(self, batch: Batch, tokens: dict[int, list[int]]) -> list[ChunkResult]:

@@ -26,27 +26,30 @@ def start_parallel(
     spec: ModelSpec,
     config: SchedulerConfig,
     *,
+    device: str,
     dtype: str,
     element_bytes: int,
     kv_bytes: int,
     memory_bytes: int,
 ) -> ParallelExecutor:
     """Ranks on this machine, or those that slots on a cluster's hosts started to come here; ``kv_bytes`` of KV cache
-    and ``memory_bytes`` of free memory are shared by all of them.
+    and ``memory_bytes`` of free memory are shared by all of them. On GPUs the ranks find out what fits.
 
     ConfigError, before anything is loaded, for a layout that the model or the memory does not allow."""
-    layout = make_layout(spec, options.tp, options.pp)
+    layout, on_cpu = make_layout(spec, options.tp, options.pp), device == "cpu"
     meeting = Meeting.from_environment()
     if meeting is not None:
         memory_bytes = meeting.memory_bytes
+    elif not on_cpu:
+        check_gpus(layout.num_ranks)
     needed = sum(rank_parameters(spec, layout)) * element_bytes
-    if options.dtype != "auto" and needed > memory_bytes:
+    if on_cpu and options.dtype != "auto" and needed > memory_bytes:
         raise ConfigError(
             f"tp={options.tp} pp={options.pp} needs {needed / 1e9:.1f} GB for weights on all ranks together and "
             f"{memory_bytes / 1e9:.1f} GB are free: choose a smaller dtype or fewer replicas of key/value heads"
         )
     held = layout.tp * max(1, spec.num_kv_heads // layout.tp)  # key/value heads on all shards, replicas included
-    num_blocks = plan_blocks(spec, config, kv_bytes * spec.num_kv_heads // held, element_bytes)
+    num_blocks = plan_blocks(spec, config, kv_bytes * spec.num_kv_heads // held, element_bytes) if on_cpu else ()
     threads = max(1, (options.num_threads or usable_cpus()) // layout.num_ranks)
 
     def setup(rank: int, store_url: str) -> Setup:
@@ -63,14 +66,26 @@ def start_parallel(
             pp=options.pp,
             rank=rank,
             num_blocks=list(num_blocks),
-            block_size=options.block_size,
+            config=config,
             store_url=store_url,
-            backend="gloo",
             timeout_seconds=COLLECTIVE_SECONDS,
             offline=True if meeting is None else options.offline,
+            device=device,
+            memory_share=options.memory_share,
+            kv_cache_bytes=options.kv_cache_bytes,
+            kv_cache_dtype=options.kv_cache_dtype,
+            quantization=options.quantization,
         )
 
-    return ParallelExecutor(layout, setup, num_blocks, meeting=meeting)
+    return ParallelExecutor(layout, setup, device=device, meeting=meeting)
+
+
+def check_gpus(ranks: int) -> None:
+    """ConfigError where there are fewer GPUs than ranks."""
+    import torch
+
+    if (here := torch.cuda.device_count()) < ranks:
+        raise ConfigError(f"{ranks} ranks need a GPU each and {here} are here: lower tp or pp, or use device='cpu'")
 
 
 def weights_of(executor: ParallelExecutor) -> tuple[int, str, str]:

@@ -15,7 +15,7 @@ from foretell.kernels.base import Linear
 from foretell.model.attention import Attention
 from foretell.model.mlp import GatedMLP, PlainMLP
 from foretell.model.norm import RMSNorm
-from foretell.model.residual import Residual, total
+from foretell.model.residual import Adds, Pending, Residual, total
 from foretell.model.transformer import Embedding, Head, Transformer
 from foretell.parallel.comm import Group
 
@@ -23,7 +23,7 @@ from foretell.parallel.comm import Group
 class SummedLinear:
     """A linear layer of which each rank has a share of the columns: [M, K/tp] → [M, N], summed."""
 
-    def __init__(self, linear: Linear, group: Group) -> None:
+    def __init__(self, linear: Adds, group: Group) -> None:
         self.linear, self.group = linear, group
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
@@ -31,8 +31,8 @@ class SummedLinear:
     def nbytes(self) -> int:
         return self.linear.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.group.sum_(self.linear(x))
+    def __call__(self, x: Tensor) -> Tensor | Pending:
+        return self.group.summed(total(self.linear(x)))
 
 
 class GatheredLinear:
@@ -48,6 +48,9 @@ class GatheredLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.group.gather(self.linear(x))[:, : self.out_features]
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        self.group.gather_into(self.linear(x), out)
 
 
 class SharedEmbedding(Embedding):
@@ -77,7 +80,7 @@ class SharedRMSNorm:
     own: RMSNorm
     group: Group
 
-    def __call__(self, x: Residual) -> Tensor:
+    def __call__(self, x: Residual | Pending) -> Tensor:
         x = total(x)
         wide = x.float()
         squares = self.group.sum_(wide.square().sum(-1, keepdim=True))

@@ -206,11 +206,14 @@ class ReplicaSet:
 
 
 def make_replicas(options: EngineOptions, count: int, *, max_queue: int, watch: Watch | None) -> ReplicaSet:
-    """Equal engines that share this machine: threads and KV memory in equal parts, or a GPU each. ConfigError if
-    there are GPUs, but too few."""
-    devices = visible_gpus() if options.device != "cpu" else []
-    if devices and count > len(devices):
-        raise ConfigError(f"{count} replicas need a GPU each and {len(devices)} are here: lower --replicas")
+    """Equal engines that share this machine: threads and KV memory in equal parts, or a GPU for each rank.
+    ConfigError if there are GPUs, but too few."""
+    devices, ranks = visible_gpus() if options.device != "cpu" else [], options.tp * options.pp
+    if devices and count * ranks > len(devices):
+        raise ConfigError(
+            f"{count} replicas need {ranks} GPU{'s' * (ranks > 1)} each and {len(devices)} are here: lower "
+            "--replicas, tp or pp, or use --device cpu"
+        )
     if not devices:
         options = replace(
             options,
@@ -219,7 +222,8 @@ def make_replicas(options: EngineOptions, count: int, *, max_queue: int, watch: 
         )
     replicas = []
     for index in range(count):
-        place = ["env", f"CUDA_VISIBLE_DEVICES={devices[index]}"] if devices else []
+        own = devices[index * ranks : (index + 1) * ranks]
+        place = ["env", f"CUDA_VISIBLE_DEVICES={','.join(own)}"] if devices else []
         command = [*place, *ENGINE_COMMAND]
         replicas.append(EngineClient(options, max_queue=-(-max_queue // count), watch=watch, command=command))
     return ReplicaSet(replicas)

@@ -57,7 +57,9 @@ class DeviceRunner:
         *,
         ends: StepEnds | None = None,
         graphs: StepGraphs | None = None,
+        vocab_size: int | None = None,
     ) -> None:
+        """``vocab_size``: the logits' width, where the model's spec is a shard's."""
         self.model = model
         self.kv = kv
         self.config = config
@@ -65,7 +67,7 @@ class DeviceRunner:
         self.ends = ends or step_ends(device)
         self.graphs = graphs
         self.num_groups = len(spare_blocks)
-        self.vocab_size = model.spec.vocab_size
+        self.vocab_size = vocab_size or model.spec.vocab_size
         self.buffers = StepBuffers(
             config, spare_blocks, self.vocab_size, device, in_flight=IN_FLIGHT, logits_dtype=_logits_dtype(model)
         )
@@ -78,6 +80,11 @@ class DeviceRunner:
         self.free_slots = list(range(config.max_num_seqs))[::-1]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._step = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of static buffers."""
+        return self.buffers.nbytes + self.draws.device.nbytes
 
     def release(self) -> None:
         """Let go of weights, KV cache and buffers; nothing can be executed any more."""
@@ -260,6 +267,6 @@ def largest_step(config: SchedulerConfig) -> tuple[int, int]:
 
 def _logits_dtype(model: Transformer) -> torch.dtype:
     """The head's own where nothing is done to its scores: a float32 copy would say no more."""
-    if model.embedding is None or model.head is None or model.head.divisor != 1.0:
+    if model.head is None or model.head.divisor != 1.0:
         return torch.float32
-    return model.embedding.dtype
+    return model.activation_dtype
