@@ -102,8 +102,11 @@ class Carriers:
             torch.cuda.synchronize(self.device)  # nothing writes any more to memory that is let go of
         for file in self._files.values():
             os.close(file)
-        for each in (self._threads, self._files, self._known, self._ahead, self._wanted):
-            each.clear()
+        self._threads.clear()
+        self._files.clear()
+        self._known.clear()
+        self._ahead.clear()
+        self._wanted.clear()
         self._pieces = SimpleQueue()
 
     def _packed(self, names: Sequence[str]) -> Crate:
