@@ -1,46 +1,54 @@
 """Loading a sharded safetensors checkpoint onto a GPU, beside what page cache and bus give.
 
-    python bench/gpu/loading.py --shape DIR/llama-3.1-8b --work /tmp/checkpoint [--shards 4]
+    python bench/gpu/loading.py --shape DIR/llama-3.1-8b --work /tmp/checkpoint [--shards 4] [--fresh 2] [--grid]
 
-Writes a checkpoint of random weights in the model's shape (bfloat16, 16 GB for an 8B model), then loads it in this
-process. The floor is the slower of reading the files into pinned memory with 16 threads and copying pinned memory to
-the device. The last line is JSON.
+Writes a checkpoint of random weights in the model's shape (bfloat16, 16 GB for an 8B model), or without ``--shape``
+takes what is there, then loads it, with ``--fresh`` in so many new processes first. The floor is the slower of
+reading the files into pinned memory with 16 threads and copying pinned memory to the device. Of every load it says
+when the first piece and the last one arrived and the model was there, and what carriers and planner did meanwhile.
+``--grid`` tries other numbers of carriers, sizes of pieces, buffers and windows. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from foretell.config import ModelSpec
-from foretell.kernels import Kernels, get_kernels
-from foretell.model import device_weights
+from foretell.kernels import get_kernels
+from foretell.model import carriers, lanes
 from foretell.model.families import tensor_naming
+from foretell.model.lanes import Parcel, Piece
 from foretell.model.load import load_model, spec_for
 from foretell.progress import loading_bar
-from foretell.store import ModelFiles, resolve
+from foretell.store import resolve
 
 DEVICE = torch.device("cuda")
 PIECE = 16 << 20
+CARRIERS, PIECES_MIB, BUFFERS, WINDOWS_GIB = (8, 12, 16, 24), (4, 8, 16), (1, 2), (0.5, 1, 2, 4)
 
 
-def write_checkpoint(shape: Path, work: Path, shards: int) -> int:
-    """Bytes written."""
+def write_checkpoint(shape: Path, work: Path, shards: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     shutil.copy(shape / "config.json", work / "config.json")
     spec = spec_for(resolve(str(shape)))
-    names = tensor_naming(spec).sources(spec, set(all_names(spec)))
-    tensors = {place.name: place.shape for place in names.values()}
-    weight_map, total = {}, 0
+    places = tensor_naming(spec).sources(spec, ()).values()
+    tensors, weight_map = {place.name: place.shape for place in places}, {}
     ordered = sorted(tensors)
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
@@ -49,28 +57,18 @@ def write_checkpoint(shape: Path, work: Path, shards: int) -> int:
             values = torch.randn(tensors[name], device=DEVICE, dtype=torch.bfloat16) * 0.02
             made[name] = values.cpu()
             weight_map[name] = file
-            total += made[name].nbytes
         save_file(made, work / file)
     (work / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return total
 
 
-def all_names(spec: object) -> list[str]:
-    """Publishers' names of a llama model."""
-    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-    parts += ["input_layernorm", "post_attention_layernorm"]
-    names += [f"model.layers.{i}.{p}.weight" for i in range(spec.num_layers) for p in parts]  # type: ignore[attr-defined]
-    return names
+def files_of(work: Path) -> list[Path]:
+    return sorted(work.glob("*.safetensors"))
 
 
 def read_rate(work: Path) -> float:
     """Bytes per second from the files into pinned memory, 16 threads."""
-    pieces = [
-        (file, at) for file in sorted(work.glob("*.safetensors")) for at in range(0, file.stat().st_size, PIECE)
-    ]
+    pieces = [(file, at) for file in files_of(work) for at in range(0, file.stat().st_size, PIECE)]
     pinned = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(16)]
-    total = sum(file.stat().st_size for file in work.glob("*.safetensors"))
 
     def read(lane: int) -> None:
         view = memoryview(pinned[lane].numpy())
@@ -81,36 +79,7 @@ def read_rate(work: Path) -> float:
     started = time.perf_counter()
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(read, range(16)))
-    return total / (time.perf_counter() - started)
-
-
-def both_rate(work: Path, piece: int, lanes: int) -> float:
-    """Bytes per second from the files through pinned memory to the device, nothing else being done: reading and
-    copying share the machine's memory, so this is less than either."""
-    files = sorted(work.glob("*.safetensors"))
-    pieces = [(file, at) for file in files for at in range(0, file.stat().st_size, piece)]
-    target = torch.empty(lanes * piece, dtype=torch.uint8, device=DEVICE)
-
-    def carry(lane: int) -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        pinned = [torch.empty(piece, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        sent = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
-        open_files = {file: os.open(file, os.O_RDONLY) for file in files}
-        with torch.cuda.stream(stream):
-            for number, (file, at) in enumerate(pieces[lane::lanes]):
-                sent[number % 2].synchronize()
-                buffer: Any = pinned[number % 2].numpy()
-                os.preadv(open_files[file], [memoryview(buffer)], at)
-                target[lane * piece : (lane + 1) * piece].copy_(pinned[number % 2], non_blocking=True)
-                sent[number % 2].record(stream)
-            stream.synchronize()
-        for handle in open_files.values():
-            os.close(handle)
-
-    started = time.perf_counter()
-    with ThreadPoolExecutor(lanes) as pool:
-        list(pool.map(carry, range(lanes)))
-    return sum(file.stat().st_size for file in files) / (time.perf_counter() - started)
+    return sum(file.stat().st_size for file in files_of(work)) / (time.perf_counter() - started)
 
 
 def bus_rate() -> float:
@@ -125,55 +94,172 @@ def bus_rate() -> float:
     return 4 * pinned.nbytes / (time.perf_counter() - started)
 
 
-def load(files: ModelFiles, spec: ModelSpec, kernels: Kernels) -> float:
-    """Seconds."""
+def carrying_rate(work: Path, count: int) -> float:
+    """Bytes per second of so many lanes that share the files' pieces, nothing else being done: reading and copying
+    share the machine's memory, so this is less than either."""
+    size, files = lanes.PIECE_BYTES, [os.open(file, os.O_RDONLY) for file in files_of(work)]
+    pieces = [(file, at) for file in files for at in range(0, os.fstat(file).st_size - size, size)]
+    target = torch.empty(count * size, dtype=torch.uint8, device=DEVICE)
     torch.cuda.synchronize()
+
+    def carry(number: int) -> None:
+        lane, own = lanes.lane_to(DEVICE), target[number * size : (number + 1) * size]
+        for file, at in pieces[number::count]:
+            lane.carry(Piece(Parcel(work, at, size), file, at, own))
+        lane.drain()
+
     started = time.perf_counter()
-    with loading_bar("loading") as report:
-        load_model(
-            files, spec, kernels, torch.bfloat16, lambda done, all_: report(2 * done, 2 * all_),
-            activation_dtype=torch.bfloat16, device=DEVICE,
-        )  # fmt: skip
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(carry, range(count)))
+    seconds = time.perf_counter() - started
+    for file in files:
+        os.close(file)
+    return len(pieces) * size / seconds
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, list[float]]]:
+    """What carriers and planner do meanwhile, by name: seconds each time, and of "arrived" moments."""
+    found: dict[str, list[float]] = defaultdict(list)
+    read, lane_to, begin = lanes.read, lanes.lane_to, carriers.Carriers._begin
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments)
+            now = time.perf_counter()
+            found[name].append(now - started)
+            if name == "carrying":
+                found["arrived"].append(now)
+            return result
+
+        return call
+
+    def timed_lane(device: torch.device) -> Any:
+        lane: Any = timed("pinning", lane_to)(device)
+        lane.carry = timed("carrying", lane.carry)
+        return lane
+
+    lanes.read, lanes.lane_to, carriers.Carriers._begin = timed("reading", read), timed_lane, timed("making", begin)
+    try:
+        yield found
+    finally:
+        lanes.read, lanes.lane_to, carriers.Carriers._begin = read, lane_to, begin
+
+
+def load(work: Path, *, tell: bool = True) -> float:
+    """Seconds."""
+    files = resolve(str(work))
+    spec, kernels = spec_for(files), get_kernels(device="cuda")
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
-    return time.perf_counter() - started
+    with watched() as found:
+        started = time.perf_counter()
+        with loading_bar("loading") as report:
+            model = load_model(
+                files, spec, kernels, torch.bfloat16, lambda done, all_: report(2 * done, 2 * all_),
+                activation_dtype=torch.bfloat16, device=DEVICE,
+            )  # fmt: skip
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    if tell:
+        sums, threads = {name: sum(each) for name, each in found.items()}, len(found["pinning"])
+        extra = torch.cuda.max_memory_allocated() - model.weight_bytes
+        parts = {
+            "reading": sums["reading"], "copying": sums["carrying"] - sums["reading"], "pinning": sums["pinning"],
+            "waiting": threads * seconds - sums["carrying"] - sums["pinning"],
+        }  # fmt: skip
+        shares = ", ".join(f"{name} {value / threads / seconds:.0%}" for name, value in parts.items())
+        print(
+            f"  {seconds:.3f} s, {model.weight_bytes / seconds / 1e9:.1f} GB/s; first piece after "
+            f"{(min(found['arrived']) - started) * 1e3:.0f} ms, last {(max(found['arrived']) - started) * 1e3:.0f}; "
+            f"{threads} carriers: {shares}; making tensors {sums['making'] * 1e3:.0f} ms; "
+            f"slowest pinning {max(found['pinning']) * 1e3:.0f} ms; memory beside weights {extra / 1e6:.0f} MB",
+            flush=True,
+        )
+    return seconds
+
+
+@contextmanager
+def settings(count: int, piece_mib: float, buffers: int, window_gib: float) -> Iterator[None]:
+    chosen = (
+        (carriers, "CARRIERS", count), (carriers, "usable_cpus", lambda: count),
+        (lanes, "PIECE_BYTES", int(piece_mib * (1 << 20))), (lanes, "BUFFERS", buffers),
+        (carriers, "WINDOW_BYTES", int(window_gib * (1 << 30))),
+    )  # fmt: skip
+    before = [getattr(module, name) for module, name, _ in chosen]
+    for module, name, value in chosen:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(chosen, before, strict=True):
+            setattr(module, name, value)
+
+
+def grid(work: Path, total: int) -> list[dict[str, Any]]:
+    """Every combination with the usual window, then the usual combination with every window."""
+    usual = (carriers.CARRIERS, lanes.PIECE_BYTES / (1 << 20), lanes.BUFFERS)
+    window = carriers.WINDOW_BYTES / (1 << 30)
+    tried = [(*each, window) for each in product(CARRIERS, PIECES_MIB, BUFFERS)]
+    table = []
+    for count, piece, buffers, width in tried + [(*usual, width) for width in WINDOWS_GIB if width != window]:
+        with settings(count, piece, buffers, width):
+            seconds = [load(work, tell=False) for _ in range(4)]
+            alone = max(carrying_rate(work, count) for _ in range(2))
+        row = {"carriers": count, "piece_mib": piece, "buffers": buffers, "window_gib": width, "seconds": seconds}
+        table.append({**row, "bytes_per_second": total / min(seconds), "carrying_bytes_per_second": alone})
+        print(
+            f"{count:2} carriers, {piece:2g} MiB, {buffers} buffers, window {width:g} GiB: {min(seconds):.3f} s, "
+            f"{total / min(seconds) / 1e9:.1f} GB/s (all: {', '.join(f'{s:.2f}' for s in seconds)}); "
+            f"carrying alone {alone / 1e9:.1f}",
+            flush=True,
+        )
+    return table
+
+
+def fresh(work: Path) -> float:
+    """Seconds of the first load of a new process."""
+    command = [sys.executable, __file__, "--work", str(work), "--first"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    print(done.stdout.rstrip().rpartition("\n")[0], flush=True)
+    return float(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", type=Path, required=True)
+    parser.add_argument("--shape", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--pieces", default="", help="other sizes of pinned pieces to try, MiB")
+    parser.add_argument("--fresh", type=int, default=0)
+    parser.add_argument("--grid", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--first", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    total = write_checkpoint(arguments.shape, arguments.work, arguments.shards)
-    read, bus = max(read_rate(arguments.work) for _ in range(2)), bus_rate()
-    print(
-        f"{total / 1e9:.1f} GB; files → pinned {read / 1e9:.1f} GB/s, pinned → device {bus / 1e9:.1f} GB/s",
-        flush=True,
-    )
-    files = resolve(str(arguments.work))
-    spec, kernels = spec_for(files), get_kernels(device="cuda")
-    seconds = []
-    for _ in range(3):
-        seconds.append(load(files, spec, kernels))
-        print(f"loaded in {seconds[-1]:.2f} s: {total / 1e9 / seconds[-1]:.1f} GB/s", flush=True)
-    usual = device_weights.PIECE_BYTES
-    for piece in filter(None, arguments.pieces.split(",")):
-        device_weights.PIECE_BYTES = size = int(float(piece) * (1 << 20))
-        walls = [load(files, spec, kernels) for _ in range(3)]
-        rates = [both_rate(arguments.work, size, lanes) / 1e9 for lanes in (8, 16, 24)]
-        shown = ", ".join(f"{rate:.1f}" for rate in rates)
-        print(f"pieces of {piece} MiB: {min(walls):.3f} s; nothing but carrying, 8, 16, 24 threads: {shown} GB/s")
-    device_weights.PIECE_BYTES = usual
-    rate, floor = total / min(seconds), min(read, bus)
+    work = arguments.work
+    torch.zeros(1, device=DEVICE)
+    if arguments.first:
+        print(load(work))
+        return
+    if arguments.shape:
+        write_checkpoint(arguments.shape, work, arguments.shards)
+    total = sum(file.stat().st_size for file in files_of(work))
+    read, bus = max(read_rate(work) for _ in range(3)), bus_rate()
+    floor = min(read, bus)
+    print(f"{total / 1e9:.1f} GB; files → pinned {read / 1e9:.1f} GB/s, pinned → device {bus / 1e9:.1f}", flush=True)
+    first = [fresh(work) for _ in range(arguments.fresh)]
+    seconds = [load(work) for _ in range(5)]
+    table = grid(work, total) if arguments.grid else []
+    shares = [f"{total / each / floor:.0%}" for each in (min(seconds), *first)]
+    print(f"of the floor: {shares[0]}, first loads {', '.join(shares[1:]) or 'not timed'}")
     result = {
         "bench": "gpu-loading", "card": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),
-        "bytes": total, "read_bytes_per_second": read, "bus_bytes_per_second": bus,
-        "seconds": seconds, "bytes_per_second": rate, "of_floor": rate / floor,
+        "bytes": total, "read_bytes_per_second": read, "bus_bytes_per_second": bus, "seconds": seconds,
+        "first_seconds": first, "bytes_per_second": total / min(seconds), "of_floor": total / min(seconds) / floor,
     }  # fmt: skip
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(result | {"torch": torch.__version__, "grid": table}, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -146,5 +146,5 @@ class CudaLinear:
             triton_linear.few_rows, (row_tiles, tiles, how.splits),
             x, x.stride(0), self.weight, self.bias, y, parts, arrived, M, N, K,
             kind, self.bias is not None, precision(x), how.block_m, how.block_n, how.block_k, how.splits > 1,
-            how.weights_first, once, how.ahead, how.stages, num_warps=how.num_warps, device=device,
+            how.weights_first, how.masked, once, how.ahead, how.stages, num_warps=how.num_warps, device=device,
         )  # fmt: skip

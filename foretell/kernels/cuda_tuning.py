@@ -25,6 +25,7 @@ class FewRows:
     num_warps: int
     weights_first: bool
     ahead: int  # elements of a weight row asked for before the inputs are there
+    masked: bool = False  # rows of a tile that there are not: zeros, instead of others once more
 
     def fitted(self, gated: bool, shared_bytes: int) -> FewRows:
         """With as many stages as the device's shared memory holds."""
@@ -140,10 +141,11 @@ def _few_rows_small(M: int, N: int, K: int, gated: bool, block_m: int, multiproc
 
 
 def invariant(N: int, gated: bool, itemsize: int) -> FewRows:
-    """One way to sum for any number of rows: tiles and steps that do not depend on it."""
+    """One way to sum for any number of rows: tiles and steps that do not depend on it. Most rows of a tile may not be
+    there: a single one in place of all would be asked for 64 times by every program."""
     if itemsize == 4:
-        return FewRows(32, 32, 32, 1, 2, 4, False, 64)
-    return FewRows(64, 64 if gated or N < 16384 else 128, 64, 1, 4, 4, True, 128)
+        return FewRows(32, 32, 32, 1, 2, 4, False, 64, masked=True)
+    return FewRows(64, 64 if gated or N < 16384 else 128, 64, 1, 4, 4, True, 128, masked=True)
 
 
 def decode(pairs: int, D: int, multiprocessors: int, max_kv_len: int) -> Decode:

@@ -71,12 +71,14 @@ def few_rows(
     x_ptr, stride_x, w_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr, M, N, K,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-    WEIGHTS_FIRST: tl.constexpr, ONCE: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr, MASKED: tl.constexpr, ONCE: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] · w [N, K]ᵀ + bias; KIND as in ``one_row``. Grid (tiles of M, tiles of N, SPLITS): tiles
     of M that read the same weights run together. SPLIT: K is split.
 
     WEIGHTS_FIRST: the product is computed transposed, weights being the operand with many rows (wgmma wants 64).
+    MASKED: rows of a tile beyond the last of x are zeros; else they repeat others.
     ONCE: a program's share of K is one BLOCK_K, whose weights are loaded before the inputs are there; else
     AHEAD: elements of each weight row that are asked for before the inputs are there.
     """
@@ -90,8 +92,9 @@ def few_rows(
     end = tl.minimum(begin + per_split * BLOCK_K, K)
     rows = w_ptr + tl.where(n < N, n, 0).to(tl.int64)[:, None] * K
     far = N.to(tl.int64) * K
-    # rows beyond the last repeat others: all of them reading one and the same would wait for its place in the L2
+    # rows beyond the last repeat others, or read nothing: all of them reading one would wait for its place in the L2
     x_rows = x_ptr + (m % M)[:, None].to(tl.int64) * stride_x
+    real = (m < M)[:, None]
     if WEIGHTS_FIRST:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         total_up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -107,6 +110,8 @@ def few_rows(
             up = tl.load(rows + far + at[None, :], mask=held, other=0.0)
         wait_for_inputs(PDL)
         let_next_start(PDL)
+        if MASKED:
+            held = held & real
         x = tl.load(x_rows + at[None, :], mask=held, other=0.0)
         total = _added(total, x, w, WEIGHTS_FIRST, EXACT)
         if KIND != "":
@@ -122,7 +127,10 @@ def few_rows(
         let_next_start(PDL)
         for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
             at = start + k
-            x = tl.load(x_rows + at[None, :], mask=at[None, :] < K, other=0.0)
+            held = at[None, :] < K
+            if MASKED:
+                held = held & real
+            x = tl.load(x_rows + at[None, :], mask=held, other=0.0)
             w = tl.load(rows + at[None, :], mask=at[None, :] < K, other=0.0)
             total = _added(total, x, w, WEIGHTS_FIRST, EXACT)
             if KIND != "":

@@ -18,10 +18,10 @@ from foretell.model.attention import Attention
 from foretell.model.block import Block, SharedNormBlock
 from foretell.model.mlp import MLP, GatedMLP, PlainMLP
 from foretell.model.norm import DeferredRMSNorm, Norm, PostNorm, make_norm
-from foretell.model.parameters import layer_norm_names, layer_prefix, weight_shapes
+from foretell.model.parameters import layer_norm_names, layer_prefix, stacked_names, weight_shapes
 from foretell.model.residual import PendingSum, Residual
 from foretell.model.transformer import Embedding, Head, Transformer
-from foretell.model.weights import Weights
+from foretell.model.weights import Weights, stack
 from foretell.store.gguf_rows import QuantisedRows, stacked
 
 Progress = Callable[[int, int], None]  # parameters loaded, parameters in all
@@ -82,6 +82,10 @@ class Builder:
             weight_format=self.weight_format(),
         )
 
+    def reads(self) -> list[list[str]]:
+        """The weights that this stage reads, in about that order; those that are stacked, together."""
+        return stacked_names(name for name in self.shapes if self._holds(name))
+
     def stream(self, x: Tensor) -> Residual:
         return PendingSum(self.kernels, x)
 
@@ -97,13 +101,13 @@ class Builder:
         """What this stage has of embedding and head; tied ones are read once."""
         first, last = self.layers.start == 0, self.layers.stop == self.spec.num_layers
         table: Tensor | QuantisedRows | None = None
-        head = None
+        linear: Linear | None = None
         if last and self.spec.tied_embeddings:
             linear, table = self.tied_head()
-            head = Head(linear, self.spec.logits_divisor)
-        elif last:
-            head = Head(self.linear("lm_head"), self.spec.logits_divisor)
-        return self.embedding(table) if first else None, head
+        embedding = self.embedding(table) if first else None
+        if last and linear is None:
+            linear = self.linear("lm_head")
+        return embedding, None if linear is None else Head(linear, self.spec.logits_divisor)
 
     def embedding(self, table: Tensor | QuantisedRows | None) -> Embedding:
         positions = self.tensor("positions.weight", self.dtype) if self.spec.learned_positions else None
@@ -170,9 +174,7 @@ class Builder:
         rows = self.blocks(*parts)
         if rows is not None and (linear := self.pack_blocks(rows, bias)) is not None:
             return linear
-        weights = [self.tensor(f"{part}.weight", self.dtype) for part in parts]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        del weights  # a float copy less beside the codes
+        weight = stack([self.tensor(f"{part}.weight", self.dtype) for part in parts])
         if self.quantization is not None and parts[0].startswith("layers."):
             return self.counted(self.quantised(weight, bias, self.quantization))
         return self.counted(self.kernels.pack_linear(weight, bias))

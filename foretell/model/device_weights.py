@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from foretell.config import ModelSpec
-from foretell.errors import ModelFormatError
+from foretell.model.carriers import Carriers
 from foretell.model.naming import Source
 from foretell.model.parameters import weight_shapes
 from foretell.model.weights import FileWeights, Take, hash_of, not_finite
@@ -24,9 +20,6 @@ STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-PIECE_BYTES = 8 << 20  # of a file, read into pinned memory while the piece before it crosses the bus
-SHARED_BYTES = 256 << 20  # a tensor this large (embedding, head) is read by several threads
-SHARERS = 6
 
 
 class DeviceDummyWeights:
@@ -66,14 +59,52 @@ class DeviceDummyWeights:
 
 class DeviceFileWeights(FileWeights):
     """Weights of files, on the device: what is stored as it shall be kept crosses the bus as it is, and casts,
-    transforms and the search for NaN are the device's work. Any number of threads may read; ``check`` comes last."""
+    transforms and the search for NaN are the device's work. Any number of threads may read, in any order; ``start``
+    comes before if it is known what will be read, ``check`` after everything, and ``close`` at the end."""
 
     def __init__(self, source: TensorSource, spec: ModelSpec, device: torch.device) -> None:
         super().__init__(source, spec)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # this thread's; new ones begin with the first
         self.device = device
-        self._lane = _Lanes(device)
-        self._sharers = ThreadPoolExecutor(SHARERS, thread_name_prefix="foretell-read")
+        self._carried: tuple[SafetensorsSource, Carriers] | None = None  # other formats are read by who asks
+        if isinstance(source, SafetensorsSource):
+            self._carried = source, Carriers(device, source.place)
         self._sums: list[tuple[str, Tensor]] = []
+
+    def start(self, groups: Iterable[Sequence[str]], dtype: torch.dtype) -> None:
+        """What will be read, in about this order, is on its way from now on. Weights of a group that are stored in
+        ``dtype``, and as they shall be, lie one behind the other: to stack them takes no copy."""
+        if self._carried is None:
+            return
+        file, carriers = self._carried
+        crates: list[list[str]] = []
+        seen: set[str] = set()
+        for group in groups:
+            places = [self.sources[name] for name in group]
+            names = [name for name in dict.fromkeys(place.name for place in places) if name not in seen]
+            seen.update(names)
+            as_they_are = all(
+                place.transform is None and STORED[file.stored_dtype(place.name)] is dtype for place in places
+            )
+            crates += [names] if as_they_are else [[name] for name in names]
+        carriers.expect(crates)
+
+    def check(self) -> None:
+        """ModelFormatError naming a tensor that is not finite."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self._sums and not bool(torch.stack([total for _, total in self._sums]).isfinite().all()):
+            raise not_finite(next(name for name, total in self._sums if not bool(total.isfinite())))
+        self._sums.clear()
+
+    def close(self) -> None:
+        """Ends the threads that carry. Weights that were read stay."""
+        if self._carried is not None:
+            self._carried[1].close()
+
+    def _read_part(self, name: str, place: Source, dtype: torch.dtype, take: Take) -> Tensor:
+        return super()._read_part(name, place, dtype, take).to(self.device)
 
     def _read_raw(self, place: Source, dtype: torch.dtype) -> Tensor:
         last = self._kept.last
@@ -88,81 +119,7 @@ class DeviceFileWeights(FileWeights):
 
     def _fetch(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor on the device, in ``dtype``."""
-        if not isinstance(self.source, SafetensorsSource):
+        if self._carried is None:
             return self.source.read(name, dtype).to(self.device)
-        path, offset, nbytes = self.source.place(name)
-        lane = self._lane.mine()
-        raw = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        if nbytes < SHARED_BYTES:
-            lane.read(path, offset, raw)
-        else:
-            lane.stream.synchronize()  # what had this memory before must be done with it before others write there
-            share = -(-nbytes // SHARERS)
-            parts = [(path, offset + at, raw[at : at + share]) for at in range(0, nbytes, share)]
-            for _ in self._sharers.map(lambda part: self._lane.mine().read_whole(*part), parts):
-                pass
-        return raw.view(STORED[self.source.stored_dtype(name)]).view(self.source.shape(name)).to(dtype)
-
-    def check(self) -> None:
-        """ModelFormatError naming a tensor that is not finite."""
-        self._sharers.shutdown()
-        torch.cuda.synchronize(self.device)
-        if self._sums and not bool(torch.stack([total for _, total in self._sums]).isfinite().all()):
-            raise not_finite(next(name for name, total in self._sums if not bool(total.isfinite())))
-        self._sums.clear()
-
-
-class _Lanes(threading.local):
-    """Each thread's own way to the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.lane: _Lane | None = None
-
-    def mine(self) -> _Lane:
-        if self.lane is None:
-            self.lane = _Lane(self.device)
-        return self.lane
-
-
-class _Lane:
-    """A stream and two pieces of pinned memory: while one crosses the bus, the other is read into."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.pinned = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self.sent = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
-        self.turn = 0
-        torch.cuda.set_stream(self.stream)  # of this thread: casts and products of parts are in order with the copies
-
-    def read(self, path: Path, offset: int, raw: Tensor) -> None:
-        """The file's bytes from ``offset`` on into ``raw`` [bytes] uint8, in order with this lane's stream."""
-        try:
-            file = os.open(path, os.O_RDONLY)
-            try:
-                for at in range(0, len(raw), PIECE_BYTES):
-                    self._send(file, path, offset + at, raw[at : at + PIECE_BYTES])
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise ModelFormatError(f"{path.name} cannot be read: {error.strerror}") from None
-
-    def read_whole(self, path: Path, offset: int, raw: Tensor) -> None:
-        """The same, and done when this returns."""
-        self.read(path, offset, raw)
-        self.stream.synchronize()
-
-    def _send(self, file: int, path: Path, offset: int, target: Tensor) -> None:
-        self.turn = 1 - self.turn
-        self.sent[self.turn].synchronize()
-        piece = self.pinned[self.turn][: len(target)]
-        array: Any = piece.numpy()
-        view, done = memoryview(array), 0
-        while done < len(view):
-            count = os.preadv(file, [view[done:]], offset + done)
-            if count == 0:
-                raise ModelFormatError(f"{path.name} ends in the middle of a tensor; fetch it again")
-            done += count
-        target.copy_(piece, non_blocking=True)
-        self.sent[self.turn].record(self.stream)
+        file, carriers = self._carried
+        return carriers.take(name).view(STORED[file.stored_dtype(name)]).view(file.shape(name)).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from foretell.model.build import Builder, Progress
 from foretell.model.device_weights import DeviceDummyWeights, DeviceFileWeights
 from foretell.model.spec import spec_for
 from foretell.model.transformer import Transformer
-from foretell.model.weights import DummyWeights, FileWeights
+from foretell.model.weights import DummyWeights, FileWeights, Weights
 from foretell.store import ModelFiles, open_tensors
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def load_model(
     source = open_tensors(files) if isinstance(files, ModelFiles) else files
     on_gpu = device is not None and device.type == "cuda"
     weights = DeviceFileWeights(source, spec, device) if on_gpu and device else FileWeights(source, spec)
-    model = Builder(
+    builder = Builder(
         spec,
         weights,
         kernels,
@@ -82,8 +83,17 @@ def load_model(
         progress=progress,
         keep_quantised=keep_quantised,
         quantization=quantization,
-    ).build()
-    if isinstance(weights, DeviceFileWeights):
+    )
+    return build_from(weights, builder)
+
+
+def build_from(weights: Weights, builder: Builder) -> Transformer:
+    """What the builder makes of its weights; those for a device are on their way before it asks for the first."""
+    if not isinstance(weights, DeviceFileWeights):
+        return builder.build()
+    with closing(weights):
+        weights.start(builder.reads(), builder.dtype)
+        model = builder.build()
         weights.check()
     return model
 

@@ -6,7 +6,7 @@ that `inspect` prints are sums over the same table, so they cannot differ from w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -66,6 +66,20 @@ def layer_norm_names(spec: ModelSpec) -> tuple[str, ...]:
     if spec.norm_placement in ("post", "sandwich"):
         names += ["attention_post_norm", "mlp_post_norm"]
     return tuple(names)
+
+
+STACKED = (("attention.k.", "attention.q."), ("attention.v.", "attention.q."), ("mlp.up.", "mlp.gate."))
+
+
+def stacked_names(names: Iterable[str]) -> list[list[str]]:
+    """Weights in the order given, those whose rows become one product's together."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        first = name
+        for part, before in STACKED:
+            first = first.replace(part, before)
+        groups.setdefault(first, []).append(name)
+    return list(groups.values())
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:

