@@ -2,9 +2,9 @@
 
 Every rank has an inbox that the others write to. For few rows a number travels with each word of 4 bytes, in one
 store of 8: who waits for the word waits for nothing else, no fence and no second trip (the idea of NCCL's LL
-protocol). For more, words travel alone and one number follows when all of a program's are there. The number, an epoch, grows by one
-with each sum and lives on the device, so that a captured graph counts on. Two halves of the inbox take turns: who
-writes into one of them has had the others' words of the sum between, so they are done with it.
+protocol). For more, words travel alone, and one number follows when all of a program's are there. The number, an
+epoch, grows by one with each sum and lives on the device, so that a captured graph counts on. Two halves of the inbox
+take turns: who writes into one of them has had the others' words of the sum between, so they are done with it.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -77,7 +77,7 @@ def _summed(own, peers_ptr, at, inside, epoch, DTYPE: tl.constexpr, RANK: tl.con
     low = tl.zeros(own.shape, tl.float32)
     high = tl.zeros(own.shape, tl.float32)
     for rank in tl.static_range(SIZE):
-        if rank == RANK:
+        if rank == RANK:  # noqa: SIM108  known when it is compiled: only one of both is
             words = own
         else:
             words = _receive(peers_ptr, at, inside, epoch, rank, RANK, SIZE, ROOM)

@@ -88,11 +88,13 @@ def load_model(
 
 
 def build_from(weights: Weights, builder: Builder) -> Transformer:
-    """What the builder makes of its weights; those for a device are on their way before it asks for the first."""
+    """What the builder makes of its weights, or of its share of them; those for a device are on their way before it
+    asks for the first, unless it reads parts of them."""
     if not isinstance(weights, DeviceFileWeights):
         return builder.build()
     with closing(weights):
-        weights.start(builder.reads(), builder.dtype)
+        if builder.weights is weights:
+            weights.start(builder.reads(), builder.dtype)
         model = builder.build()
         weights.check()
     return model

@@ -143,7 +143,7 @@ class Loading:
         import torch
 
         from foretell.model.build import Builder
-        from foretell.model.device_weights import DeviceFileWeights
+        from foretell.model.load import build_from
 
         setup, weights = self.setup, self._weights(device)
         builder = Builder(
@@ -151,10 +151,7 @@ class Loading:
             activation_dtype=torch.float32 if device is None else self.dtype,
             keep_quantised=setup.keep_quantised and device is None, quantization=setup.quantization,
         )  # fmt: skip
-        model = builder.build()
-        if isinstance(weights, DeviceFileWeights):
-            weights.check()
-        return model
+        return build_from(weights, builder)
 
     def _weights(self, device: torch.device | None) -> Weights:
         """The whole model's."""
