@@ -90,7 +90,7 @@ def run(layout: str, path: str, workloads: list[str], repeat: int, **options: An
     with LLM(path, **{**OPTIONS, **options}) as llm:
         print(layout, options, {k: round(v, 2) for k, v in llm.assembly.phases.items()}, flush=True)
         show_ranks(llm)
-        for name in workloads:
+        for name in (each for each in workloads for _ in range(2 if each.startswith("offline") else 1)):
             row, gpus = measure(llm, MODEL, name, repeat), options.get("tp", 1) * options.get("pp", 1)
             rival, bar = TABLE.get((layout, name), (None, None))
             floor = row.floor / gpus if row.unit == "ms" else row.floor * gpus
