@@ -4,8 +4,8 @@
 
 Requests, dummy weights and the way a step is timed are those of bench/gpu/run.py. A floor is one GPU's divided by the
 number of GPUs: what each has to read and compute, with nothing said between them. ``sums`` times one sum over the
-ranks by itself. A pipeline holds twice the sequences of one GPU, since its memory does. Replicas are processes of a
-GPU each that begin together, once with all requests each (so twice the load), once with half of them.
+ranks by itself. Several GPUs hold up to 1024 sequences, one 512 and then 1024. Replicas are processes of a GPU each:
+one runs its requests alone, then all together, then another alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench.gpu.run import OPTIONS, Row, measure, touch_every_size, versions
 from foretell import LLM
+from foretell.executor.parallel import ParallelExecutor, ready_of
 
 MODEL = "llama-3.1-8b"
 # (layout, workload) → vLLM 0.25.1 on two H200s, our bar
@@ -33,7 +34,7 @@ TABLE = {
     ("tp", "prefill"): (68.9e3, 72e3),
     ("tp", "offline-1024"): (21.1e3, 23e3),
 }
-PIPELINE = {"pp": 2, "max_num_seqs": 1024}
+MANY = {"max_num_seqs": 1024}  # two GPUs have the memory for that
 SUMS = """
 import os, sys, torch, torch.distributed as dist
 from foretell.parallel.inbox import make_inbox
@@ -96,12 +97,25 @@ def run(layout: str, path: str, workloads: list[str], repeat: int, **options: An
             floor = row.floor / gpus if row.unit == "ms" else row.floor * gpus
             rows.append(replace(row, model=f"{MODEL} {layout}", floor=floor, rival=rival, bar=bar, aim=None))
             print(rows[-1].line(), flush=True)
+        show_used(llm)
     return rows
 
 
-def show_ranks(llm: LLM) -> None:
-    from foretell.executor.parallel import ParallelExecutor, ready_of
+def show_used(llm: LLM) -> None:
+    """What is planned of the first GPU's memory, and what the driver says is in use."""
+    executor, ledger = llm.assembly.engine.executor, llm.assembly.ledger
+    planned = ledger.planned_bytes if ledger is not None else sum(ready_of(executor.ranks)[0].ledger.values())
+    print(f"  planned {planned / 2**30:.2f} GiB, in use {used_gib()}", flush=True)
 
+
+def used_gib() -> list[float]:
+    """Of each GPU, by all processes."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return [round(int(line) / 1024, 2) for line in lines]
+
+
+def show_ranks(llm: LLM) -> None:
     executor = llm.assembly.engine.executor
     if isinstance(executor, ParallelExecutor):
         for ready in ready_of(executor.ranks):
@@ -109,31 +123,30 @@ def show_ranks(llm: LLM) -> None:
             print("  rank:", phases, {k: round(v / 2**30, 2) for k, v in ready.ledger.items()}, flush=True)
 
 
-def replica(path: str, share: int, repeat: int) -> None:
-    """In a process of its own: ready, and then so many timed runs, each when told to go."""
+def replica(path: str, requests: int) -> None:
+    """In a process of its own: ready, and then a timed run of so many requests each time it is told to go."""
     from foretell.benchmark.setup import greedy_params
     from foretell.trace.workloads import named_workload
 
     with LLM(path, **OPTIONS) as llm:
         touch_every_size(llm)
         workload = named_workload("offline-1024", llm.spec.vocab_size)
-        params = greedy_params(workload)
-        chosen = [i for i in range(len(params)) if share < 0 or i % 2 == share]
-        prompts = [workload.token_ids(i, llm.spec.vocab_size) for i in chosen]
-        for _ in range(repeat):
-            print("ready", flush=True)
-            sys.stdin.readline()
+        params = greedy_params(workload)[:requests]
+        prompts = [workload.token_ids(i, llm.spec.vocab_size) for i in range(len(params))]
+        llm.generate(prompts, greedy_params(workload, 8)[:requests], progress=False)
+        print("ready", flush=True)
+        while sys.stdin.readline():
             started = time.time()
-            outputs = llm.generate(prompts, [params[i] for i in chosen], progress=False)
+            outputs = llm.generate(prompts, params, progress=False)
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
             print(json.dumps((started, time.time(), tokens)), flush=True)
 
 
-def replicas(path: str, gpus: int, split: bool) -> float:
-    """Output tokens a second of all together."""
+def replicas(path: str, gpus: int, requests: int) -> dict[str, float]:
+    """Output tokens a second of one process alone, and then of all together, each with as many requests."""
     started = []
     for gpu in range(gpus):
-        command = [sys.executable, __file__, "--replica", str(gpu % 2 if split else -1), "--path", path]
+        command = [sys.executable, __file__, "--replica", str(requests), "--path", path]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
         started.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -142,15 +155,20 @@ def replicas(path: str, gpus: int, split: bool) -> float:
         assert process.stdout is not None
         while process.stdout.readline().strip() != "ready":
             assert process.poll() is None, "a replica has ended"
+    found = {"one": together(started[:1]), "all": together(started), "again one": together(started[-1:])}
+    print(f"  in use {used_gib()} GiB", flush=True)
     for process in started:
+        process.communicate(timeout=30)
+    return found
+
+
+def together(processes: list[subprocess.Popen[str]]) -> float:
+    for process in processes:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    found = [json.loads(process.stdout.readline()) for process in started if process.stdout is not None]
-    for process in started:
-        process.wait(30)
-    begun, ended = min(f[0] for f in found), max(f[1] for f in found)
-    return float(sum(f[2] for f in found) / (ended - begun))
+    found = [json.loads(process.stdout.readline()) for process in processes if process.stdout is not None]
+    return float(sum(f[2] for f in found) / (max(f[1] for f in found) - min(f[0] for f in found)))
 
 
 def main() -> None:
@@ -160,12 +178,13 @@ def main() -> None:
     parser.add_argument("--workloads", default="")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--pp-options", default="[{}]", help="a JSON list of changes to try, one after the other")
+    parser.add_argument("--requests", type=int, default=1024, help="of each replica")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--replica", type=int)
     parser.add_argument("--path")
     arguments = parser.parse_args()
     if arguments.replica is not None:
-        replica(arguments.path, arguments.replica, 1)
+        replica(arguments.path, arguments.replica)
         return
     path = str(arguments.shapes / MODEL)
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), **versions()}
@@ -176,22 +195,18 @@ def main() -> None:
             result["sums"] = sums(Path("/tmp"))
         elif layout == "one":
             rows += run("one", path, wanted or ["offline-1024"], arguments.repeat)
-            if not wanted:  # as many sequences as the pipeline
-                rows += run("one", path, ["offline-1024"], arguments.repeat, max_num_seqs=PIPELINE["max_num_seqs"])
+            if not wanted:
+                rows += run("one", path, ["offline-1024"], arguments.repeat, **MANY)
         elif layout == "tp":
             names = wanted or [name for kind, name in TABLE if kind == "tp"]
-            rows += run("tp", path, names, arguments.repeat, tp=2)
+            rows += run("tp", path, names, arguments.repeat, tp=2, **MANY)
         elif layout == "pp":
             for more in json.loads(arguments.pp_options):
-                rows += run("pp", path, wanted or ["offline-1024"], arguments.repeat, **{**PIPELINE, **more})
+                rows += run("pp", path, wanted or ["offline-1024"], arguments.repeat, pp=2, **{**MANY, **more})
         elif layout == "replicas":
-            each = {
-                "one": replicas(path, 1, False),
-                "two": replicas(path, 2, False),
-                "split": replicas(path, 2, True),
-            }
-            result["replicas"] = each
-            print({k: round(v) for k, v in each.items()}, f"× {each['two'] / each['one']:.3f}", flush=True)
+            each = result["replicas"] = replicas(path, 2, arguments.requests)
+            gain = 2 * each["all"] / (each["one"] + each["again one"])
+            print({k: round(v) for k, v in each.items()}, f"× {gain:.3f}", flush=True)
         result["rows"] = [row.as_dict() for row in rows]
         if arguments.json:
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")

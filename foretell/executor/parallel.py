@@ -164,10 +164,10 @@ class ParallelExecutor:
         tokens = {c.request_id: new for c in batch.chunks if (new := self._tokens[c.request_id])}
         self._tokens.update((request_id, []) for request_id in tokens)
         self._sent[batch.id] = (self.now, batch.num_tokens)
-        step = Step(batch, tokens)
+        step = self.ranks[0].channel.frame(Step(batch, tokens))
         for rank in self.ranks:
             with suppress(OSError):  # it is gone: the next look at it says so
-                rank.channel.send(step)
+                rank.channel.send_frame(step)
 
     def wait(self, until: float | None) -> Result | None:
         """RankError once a rank is lost, also while nothing is in flight."""

@@ -21,6 +21,7 @@ from foretell.kernels.base import KVLayer
 from foretell.model.residual import Residual, total
 from foretell.model.transformer import Transformer
 from foretell.parallel.device_comm import DeviceCommunicator
+from foretell.parallel.layout import in_flight
 from foretell.parallel.stage import Done
 from foretell.worker.cuda_graphs import CudaGraphs
 from foretell.worker.device_runner import DeviceRunner
@@ -43,7 +44,11 @@ class DeviceStage(DeviceRunner):
         *,
         graphs: CudaGraphs | None = None,
     ) -> None:
-        super().__init__(model, kv, config, spare_blocks, comm.device, graphs=graphs, vocab_size=vocab_size)
+        depth, _ = in_flight(comm.layout, "cuda")
+        super().__init__(
+            model, kv, config, spare_blocks, comm.device,
+            graphs=graphs, vocab_size=vocab_size, in_flight=depth + 1,
+        )  # fmt: skip
         self.comm = comm
         self.samples = comm.place.is_last and comm.shard == 0
         self._told: dict[int, list[int]] = {}
@@ -58,7 +63,7 @@ class DeviceStage(DeviceRunner):
     @property
     def nbytes(self) -> int:
         ways = [x for x in (self._coming, self._leaving) if x is not None]
-        on_the_way = 0 if self._leaving is None else self.comm.layout.pp * self._leaving.nbytes
+        on_the_way = 0 if self._leaving is None else (self.in_flight - 1) * self._leaving.nbytes
         return super().nbytes + self.comm.nbytes + sum(x.nbytes for x in ways) + on_the_way
 
     def submit_step(self, batch: Batch, tokens: dict[int, list[int]]) -> Step:

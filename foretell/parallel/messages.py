@@ -122,9 +122,16 @@ class Channel:
 
     def send(self, message: ToRank | ToDriver) -> None:
         """Raises OSError when the other end is gone."""
+        self.send_frame(self.frame(message))
+
+    def frame(self, message: ToRank | ToDriver) -> bytes:
+        """The message as it travels, for several channels to send."""
         data = self._encode(message)
+        return _LENGTH.pack(len(data)) + data
+
+    def send_frame(self, frame: bytes) -> None:
         with self._lock:
-            self.sock.sendall(_LENGTH.pack(len(data)) + data)
+            self.sock.sendall(frame)
 
     def receive(self) -> Any:
         """The next message; EOFError when the other end is gone. Blocks."""

@@ -58,8 +58,10 @@ class DeviceRunner:
         ends: StepEnds | None = None,
         graphs: StepGraphs | None = None,
         vocab_size: int | None = None,
+        in_flight: int = IN_FLIGHT,
     ) -> None:
-        """``vocab_size``: the logits' width, where the model's spec is a shard's."""
+        """``vocab_size``: the logits' width, where the model's spec is a shard's. ``in_flight``: steps that may be
+        submitted and not yet collected, the one being filled included."""
         self.model = model
         self.kv = kv
         self.config = config
@@ -69,9 +71,10 @@ class DeviceRunner:
         self.num_groups = len(spare_blocks)
         self.vocab_size = vocab_size or model.spec.vocab_size
         self.buffers = StepBuffers(
-            config, spare_blocks, self.vocab_size, device, in_flight=IN_FLIGHT, logits_dtype=_logits_dtype(model)
+            config, spare_blocks, self.vocab_size, device, in_flight=in_flight, logits_dtype=_logits_dtype(model)
         )
-        self.draws = DrawPlan(config.max_num_seqs, device, in_flight=IN_FLIGHT)
+        self.draws = DrawPlan(config.max_num_seqs, device, in_flight=in_flight)
+        self.in_flight = in_flight
         self.sampler = Sampler(self.vocab_size)
         self.states: dict[int, RequestState] = {}
         self.grammars: GrammarCompiler | None = None  # set by who knows the tokenizer
@@ -137,7 +140,7 @@ class DeviceRunner:
         if self.stream is not None:  # a setting of the calling thread, which others may have changed since
             torch.cuda.set_stream(self.stream)
         self._step += 1
-        ring = self._step % IN_FLIGHT
+        ring = self._step % self.in_flight
         self._admit(batch)
         states = [self.states[chunk.request_id] for chunk in batch.chunks]
         logits = self._forward(batch.chunks, states, ring)
