@@ -63,10 +63,6 @@ Most = Annotated[
     int | None,
     typer.Option("--most", min=1, help="Simulate no more configurations than that.", rich_help_panel=_GOAL),
 ]
-AnyLayout = Annotated[
-    bool,
-    typer.Option("--any-layout", help="Layouts too that this engine cannot start yet.", rich_help_panel=_GOAL),
-]
 
 
 @grouped
@@ -80,7 +76,6 @@ def plan(
     profile: Profiles = None,
     max_model_len: o.MaxModelLen = None,
     most: Most = None,
-    any_layout: AnyLayout = False,
     out: Out = None,
     explain: Explain = False,
     svg: Svg = None,
@@ -106,7 +101,7 @@ def plan(
         check_writable(file)
     asked = PlanAsked(
         model, what.traffic(), when.arrivals(), slo, devices, objective, tuple(profile or ()), max_model_len, most,
-        any_layout, offline or None,
+        offline or None,
     )  # fmt: skip
     made = make_plan(asked, bar=planning_bar)
     data = made.as_dict()

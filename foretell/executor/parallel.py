@@ -85,7 +85,7 @@ class ParallelExecutor:
     ) -> None:
         """``setup(rank, store_url)``: what that rank is told first. ``meeting``: where ranks of other hosts come."""
         self.layout = layout
-        self.depth, self.chain = in_flight(layout, device)
+        self.depth, self.chain = in_flight(layout.pp, device)
         self._preparing = Preparing()
         self._sampling_rank = next(
             i for i in range(layout.num_ranks) if layout.place(i).is_last and layout.place(i).shard == 0

@@ -1,4 +1,4 @@
-"""A pipeline in virtual time: each stage has its own clock, and as many batches are in flight as there are."""
+"""A pipeline in virtual time: each stage has its own clock."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ class StagedExecutor(VirtualExecutor):
         stages: Sequence[StageSeconds],
         num_blocks: tuple[int, ...],
         *,
+        depth: int | None = None,
         output_lengths: Mapping[int, int] | None = None,
     ) -> None:
-        super().__init__(stages[0], num_blocks, depth=len(stages), chain=0, output_lengths=output_lengths)
+        """``depth``: batches in flight, as many as stages if not given."""
+        super().__init__(stages[0], num_blocks, depth=depth or len(stages), chain=0, output_lengths=output_lengths)
         self.stages = list(stages)
         self._free_at = [0.0] * len(stages)
 

@@ -44,7 +44,7 @@ class DeviceStage(DeviceRunner):
         *,
         graphs: CudaGraphs | None = None,
     ) -> None:
-        depth, _ = in_flight(comm.layout, "cuda")
+        depth, _ = in_flight(comm.layout.pp, "cuda")
         super().__init__(
             model, kv, config, spare_blocks, comm.device,
             graphs=graphs, vocab_size=vocab_size, in_flight=depth + 1,

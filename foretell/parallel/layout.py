@@ -49,14 +49,14 @@ class Place:
         return f"rank {self.rank} (stage {self.stage}, shard {self.shard})"
 
 
-def in_flight(layout: Layout, device: str) -> tuple[int, int]:
+def in_flight(pp: int, device: str) -> tuple[int, int]:
     """(batches in flight, sampled tokens of a request that may be outstanding when its next is planned). A token
     travels to the first stage with the next batch; where there is one stage of GPUs, they have it already. On GPUs a
     pipeline has two batches more than stages: the first one computes them while the driver takes in the last and
     plans the next, which take as long as a batch's way through a stage."""
     if device == "cpu":
-        return layout.pp, 0
-    return (2, 1) if layout.pp == 1 else (layout.pp + 2, 0)
+        return pp, 0
+    return (2, 1) if pp == 1 else (pp + 2, 0)
 
 
 def make_layout(spec: ModelSpec, tp: int, pp: int) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ class PlanAsked:
     profiles: tuple[str, ...] = ()
     max_model_len: int | None = None
     most: int | None = None
-    any_layout: bool = False
     offline: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,7 +62,8 @@ class PlanAsked:
         if traffic["trace"] is not None:
             traffic["trace"] = Path(traffic["trace"])
         told = {"traffic": Traffic(**traffic), "arrivals": Arrivals(**data["arrivals"])}
-        return cls(**{**data, **told, "profiles": tuple(data["profiles"])})
+        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        return cls(**{**known, **told, "profiles": tuple(data["profiles"])})
 
 
 Bar = Callable[[], AbstractContextManager[Callable[[int, int, str], None]]]
@@ -109,7 +109,6 @@ def make_problem(asked: PlanAsked) -> Problem:
         profiles,
         {label: kept_bytes(files, spec, profile) for label, profile in profiles.items()},
         max_model_len=asked.max_model_len,
-        any_layout=asked.any_layout,
     )
     _check_lengths(problem)
     return problem

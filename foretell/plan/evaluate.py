@@ -11,6 +11,7 @@ from foretell.cost.ranks import StageCost
 from foretell.executor.lockstep import LockstepExecutor
 from foretell.executor.staged import StagedExecutor
 from foretell.executor.virtual import VirtualExecutor
+from foretell.parallel.layout import in_flight
 from foretell.plan.fleet import Extent, FleetRun, serve
 from foretell.plan.goals import Goal, measured
 from foretell.plan.problem import Problem
@@ -69,13 +70,12 @@ def executor_of(
     problem: Problem, candidate: Candidate, stages: Sequence[StageCost], num_blocks: tuple[int, ...]
 ) -> VirtualExecutor:
     """With the batches in flight that the engine would have."""
+    depth, chain = in_flight(candidate.pp, "cpu" if problem.machine.is_cpu else "cuda")
     if candidate.pp > 1:
-        return StagedExecutor(stages, num_blocks)
+        return StagedExecutor(stages, num_blocks, depth=depth)
     lockstep = all(window is None for window in problem.windows)
     make = LockstepExecutor if lockstep else VirtualExecutor
-    if problem.machine.is_cpu or candidate.tp > 1:  # ranks are driven step by step
-        return make(stages[0], num_blocks)
-    return make(stages[0], num_blocks, depth=2, chain=1)
+    return make(stages[0], num_blocks, depth=depth, chain=chain)
 
 
 def _outcome(run: FleetRun, fleets: Sequence[Sequence[StageCost]], goal: Goal) -> Outcome:

@@ -31,7 +31,6 @@ class Problem:
     profiles: Mapping[str, Profile]
     weight_bytes: Mapping[str, int]
     max_model_len: int | None = None
-    any_layout: bool = False  # those too that this engine cannot run yet
 
     @property
     def kv_element_bytes(self) -> int:

@@ -28,8 +28,6 @@ def illegal(problem: Problem, candidate: Candidate) -> str:
         return reason
     if not machine.is_cpu and candidate.ranks > machine.count:
         return f"{candidate.ranks} ranks need more than {machine.count} devices"
-    if not machine.is_cpu and candidate.tp * candidate.pp > 1 and not problem.any_layout:
-        return "tp and pp run on CPU processes only so far"
     if candidate.max_num_seqs > candidate.max_num_batched_tokens:
         return f"{candidate.max_num_seqs} sequences do not fit in a step of {candidate.max_num_batched_tokens} tokens"
     return ""
