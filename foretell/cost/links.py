@@ -35,7 +35,7 @@ class Link:
         return self.latency_seconds + num_bytes / self.bytes_per_second
 
 
-# Two H200 (NVLink): a sum through each other's memory took 3.5 µs for 8 KB, 19.2 for 4 MB, 65 for 16 MB, and with NCCL
+# Two H200 (NVLink): a sum through each other's memory took 3.5 µs for 8 KB, 19.2 for 4 MB, 65 for 16 MB, with NCCL
 # 153 µs for 32 MB (bench/gpu/several.py, sums): 16 MB / (65 - 3.5) µs.
 GPU_LATENCY, GPU_SHARE = 4e-6, 0.6  # of the data sheet's rate, one direction
 # Processes of one machine (gloo over loopback): tenths of a millisecond for anything small

@@ -20,6 +20,7 @@ from foretell.model.build import Builder
 from foretell.model.parameters import weight_shapes
 from foretell.model.transformer import Transformer
 from foretell.model.weights import Take
+from foretell.parallel.device_comm import Unsummed
 from foretell.parallel.layout import make_layout, shard_spec
 from foretell.parallel.shard import ShardedWeights
 from foretell.parallel.volume import volume
@@ -64,8 +65,12 @@ class Threads:
 
 
 class ThreadGroup:
-    def __init__(self, threads: Threads, shard: int) -> None:
-        self.threads, self.size, self.shard = threads, threads.size, shard
+    """``lazy``: sums of halves are left to the norm behind them, as on GPUs."""
+
+    inbox, ordered, kernels = None, False, ReferenceKernels()
+
+    def __init__(self, threads: Threads, shard: int, *, lazy: bool = False) -> None:
+        self.threads, self.size, self.shard, self.lazy = threads, threads.size, shard, lazy
 
     def sum_(self, x: Tensor) -> Tensor:
         if self.shard == 0:
@@ -73,8 +78,15 @@ class ThreadGroup:
             self.threads.sum_bytes += x.nbytes
         return x.copy_(torch.stack(self.threads.exchange(self.shard, x)).sum(0))
 
+    def summed(self, x: Tensor) -> Tensor | Unsummed:
+        group: Any = self
+        return Unsummed(group, x) if self.lazy else self.sum_(x)
+
     def gather(self, x: Tensor) -> Tensor:
         return torch.cat(self.threads.exchange(self.shard, x), dim=1)
+
+    def gather_into(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(self.gather(x)[:, : out.shape[1]])
 
 
 def build(spec: ModelSpec, tp: int, shard: int) -> Transformer:
@@ -119,15 +131,16 @@ SPECS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("kind", SPECS)
-def test_shards_together_compute_the_model(kind: str, tp: int) -> None:
+def test_shards_together_compute_the_model(kind: str, tp: int, lazy: bool) -> None:
     spec = SPECS[kind]
     expected = logits(build(spec, 1, 0))
     threads = Threads(tp)
 
     def rank(shard: int) -> Tensor:
-        return logits(wrap(build(spec, tp, shard), ThreadGroup(threads, shard), spec.vocab_size))
+        return logits(wrap(build(spec, tp, shard), ThreadGroup(threads, shard, lazy=lazy), spec.vocab_size))
 
     with ThreadPoolExecutor(tp) as pool:
         found = list(pool.map(rank, range(tp)))
