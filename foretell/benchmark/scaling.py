@@ -46,6 +46,16 @@ def parse_layouts(text: str) -> list[tuple[int, int]]:
     return found
 
 
+def device_for(layouts: Sequence[tuple[int, int]], wanted: str) -> str:
+    """One kind of device for all layouts: GPUs where there is one for each rank of the largest."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    most = max(tp * pp for tp, pp in layouts)
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= most else "cpu"
+
+
 def run(
     layouts: Sequence[tuple[int, int]],
     open_llm: Callable[[int, int], LLM],
@@ -53,16 +63,18 @@ def run(
     build: Callable[[], Workload],
     *,
     rounds: int,
+    device: str,
     say: Say,
 ) -> dict[str, Any]:
     """Every layout once a round, in alternating order; impossible ones are refused before the first starts."""
     rows = {each: Row(make_layout(spec, *each)) for each in layouts}
     workload = build()
     output_len = offline.common_output_len(workload, 1 << 30)
-    for line in theory_lines(spec, list(rows.values()), workload):
+    element_bytes = 4 if device == "cpu" else 2
+    for line in theory_lines(spec, list(rows.values()), workload, element_bytes):
         say(line)
     most, cpus = max(row.layout.num_ranks for row in rows.values()), usable_cpus()
-    if most > cpus:
+    if device == "cpu" and most > cpus:
         say(f"note: {most} processes share {cpus} CPUs here, so no speed-up is to be expected from as many")
     for number_ in range(rounds):
         order = list(rows) if number_ % 2 == 0 else list(rows)[::-1]
@@ -79,17 +91,18 @@ def run(
         "bench": "scaling",
         "workload": workload.name,
         "rounds": rounds,
-        "layouts": [_as_dict(spec, row, workload, output_len) for row in rows.values()],
+        "layouts": [_as_dict(spec, row, workload, output_len, element_bytes) for row in rows.values()],
     }
 
 
-def theory_lines(spec: ModelSpec, rows: Sequence[Row], workload: Workload) -> list[str]:
+def theory_lines(spec: ModelSpec, rows: Sequence[Row], workload: Workload, element_bytes: int = 4) -> list[str]:
     """The communication volume of a decode step of all requests, and of the whole workload."""
     count = len(workload.requests)
     found = []
     for row in rows:
-        step = volume(spec, row.layout, count, count, 4)
-        whole = volume(spec, row.layout, workload.prompt_tokens + workload.output_tokens, workload.output_tokens, 4)
+        step = volume(spec, row.layout, count, count, element_bytes)
+        tokens = workload.prompt_tokens + workload.output_tokens
+        whole = volume(spec, row.layout, tokens, workload.output_tokens, element_bytes)
         kilobytes, megabytes = step.bytes_per_rank(row.layout) / 1e3, whole.bytes_per_rank(row.layout) / 1e6
         layout = f"tp={row.layout.tp} pp={row.layout.pp}"
         found.append((layout, step.sums, step.sends, number(kilobytes), number(megabytes)))
@@ -120,9 +133,11 @@ def ms_per_step(row: Row, output_len: int | None) -> float | None:
     return 1e3 * (row.wall - statistics.median(row.first_walls)) / (output_len - 1)
 
 
-def _as_dict(spec: ModelSpec, row: Row, workload: Workload, output_len: int | None) -> dict[str, Any]:
+def _as_dict(
+    spec: ModelSpec, row: Row, workload: Workload, output_len: int | None, element_bytes: int
+) -> dict[str, Any]:
     count = len(workload.requests)
-    step = volume(spec, row.layout, count, count, 4)
+    step = volume(spec, row.layout, count, count, element_bytes)
     return {
         "tp": row.layout.tp,
         "pp": row.layout.pp,

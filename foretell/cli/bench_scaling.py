@@ -27,8 +27,8 @@ def scaling(
 ) -> None:
     """The same work with one process and with several: speed-up, efficiency, communication volume.
 
-    The threads of the machine are shared by the ranks; on one machine without accelerators more ranks add no
-    arithmetic, so the speed-up shows what communication costs.
+    Each rank has a GPU where there are enough for the largest layout. Else the ranks share the machine's threads: they
+    add no arithmetic then, and the speed-up shows what communication costs.
 
     [bold]Examples[/bold]
 
@@ -36,7 +36,7 @@ def scaling(
       foretell bench scaling ./config-folder --load-format dummy --layouts 1x1,2x1,4x1 --workload decode-b32
     """
     from foretell.benchmark.commands import check_writable, finish
-    from foretell.benchmark.scaling import parse_layouts, run
+    from foretell.benchmark.scaling import device_for, parse_layouts, run
     from foretell.cli.session import open_model
     from foretell.llm import LLM
     from foretell.model.load import spec_for
@@ -47,12 +47,14 @@ def scaling(
     traffic.check()
     check_writable(json_file)
     options["enable_prefix_caching"] = bool(options["enable_prefix_caching"])
-    if options["device"] == "auto":
-        options["device"] = "cpu"  # where ranks compute
+    options["device"] = device_for(wanted, options["device"])
     spec = spec_for(resolve(model, offline=options["offline"]))
 
     def open_llm(tp: int, pp: int) -> LLM:
         return open_model(model, **options, seed=what.seed, tp=tp, pp=pp)
 
-    result = run(wanted, open_llm, spec, lambda: traffic.build(spec.vocab_size, None), rounds=rounds, say=print)
+    result = run(
+        wanted, open_llm, spec, lambda: traffic.build(spec.vocab_size, None), rounds=rounds, device=options["device"],
+        say=print,
+    )  # fmt: skip
     finish({"model": model, **result}, json_file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import zlib
 from contextlib import suppress
 from typing import Any
 
@@ -100,6 +102,11 @@ class Inbox:
 
 def make_inbox(group: dist.ProcessGroup, device: torch.device) -> Inbox | None:
     """None where a rank cannot reach another's memory (no NVLink nor peer access, or another host)."""
+    host = zlib.crc32(socket.gethostname().encode())
+    hosts = torch.tensor([host, -host], dtype=torch.int64, device=device)
+    dist.all_reduce(hosts, dist.ReduceOp.MAX, group=group)
+    if hosts.tolist() != [host, -host]:
+        return None
     made: Inbox | None = None
     with suppress(RuntimeError, ImportError):
         made = Inbox(group, device)
