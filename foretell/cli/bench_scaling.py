@@ -27,8 +27,8 @@ def scaling(
 ) -> None:
     """The same work with one process and with several: speed-up, efficiency, communication volume.
 
-    Each rank has a GPU where there are enough for the largest layout. Else the ranks share the machine's threads: they
-    add no arithmetic then, and the speed-up shows what communication costs.
+    Each rank has a GPU where there are enough for the largest layout. Else the ranks share the machine's threads:
+    they add no arithmetic then, and the speed-up shows what communication costs.
 
     [bold]Examples[/bold]
 

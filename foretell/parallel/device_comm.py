@@ -39,11 +39,6 @@ class DeviceCommunicator(Communicator):
 
             self.inbox = make_inbox(self.group, device)
 
-    @property
-    def nbytes(self) -> int:
-        """Device memory that is ours."""
-        return 0 if self.inbox is None else self.inbox.nbytes
-
     def sum_(self, x: Tensor) -> Tensor:
         if self.ordered and self.size > 2:  # of two ranks the order makes no difference
             return self._in_order(x)

@@ -64,7 +64,7 @@ class DeviceStage(DeviceRunner):
     def nbytes(self) -> int:
         ways = [x for x in (self._coming, self._leaving) if x is not None]
         on_the_way = 0 if self._leaving is None else (self.in_flight - 1) * self._leaving.nbytes
-        return super().nbytes + self.comm.nbytes + sum(x.nbytes for x in ways) + on_the_way
+        return super().nbytes + sum(x.nbytes for x in ways) + on_the_way
 
     def submit_step(self, batch: Batch, tokens: dict[int, list[int]]) -> Step:
         """``tokens``: by request, those sampled since it was last in a batch."""

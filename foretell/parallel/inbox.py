@@ -47,13 +47,10 @@ class Inbox:
         torch.cuda.synchronize(device)
         dist.barrier(group)
 
-    @property
-    def nbytes(self) -> int:
-        return self.memory.nbytes
-
     def takes(self, x: Tensor) -> bool:
         """Whether ``sum`` is for this tensor."""
-        return x.dtype in KINDS and 0 < x.nbytes <= MOST_BYTES and x.nbytes % 4 == 0 and x.is_contiguous()
+        aligned = x.is_contiguous() and x.nbytes % 4 == 0 and x.data_ptr() % 16 == 0
+        return aligned and x.dtype in KINDS and 0 < x.nbytes <= MOST_BYTES
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over the ranks, a new tensor."""
@@ -116,4 +113,4 @@ def make_inbox(group: dist.ProcessGroup, device: torch.device) -> Inbox | None:
 
 
 def _words(x: Tensor) -> Tensor:
-    return x.view(torch.int32)
+    return x.view(-1).view(torch.int32)

@@ -41,7 +41,7 @@ CONFIG = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=24, max_model_le
 class ThreadComm(ThreadGroup):
     """A rank's way to the others: its group's threads, and a queue from stage to stage."""
 
-    device, nbytes = torch.device("cpu"), 0
+    device = torch.device("cpu")
 
     def __init__(
         self, layout: Layout, rank: int, groups: list[Threads], ways: dict[int, queue.Queue[Tensor]]
