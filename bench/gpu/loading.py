@@ -3,10 +3,10 @@
     python bench/gpu/loading.py --shape DIR/llama-3.1-8b --work /tmp/checkpoint [--shards 4] [--fresh 2] [--grid]
 
 Writes a checkpoint of random weights in the model's shape (bfloat16, 16 GB for an 8B model), or without ``--shape``
-takes what is there, then loads it, with ``--fresh`` in so many new processes first. The floor is the slower of
-reading the files into pinned memory with 16 threads and copying pinned memory to the device. Of every load it says
-when the first piece and the last one arrived and the model was there, and what carriers and planner did meanwhile.
-``--grid`` tries other numbers of carriers, sizes of pieces, buffers and windows. The last line is JSON.
+takes what is there, then loads it. The floor is the slower of reading the files into pinned memory with 16 threads
+and copying pinned memory to the device. ``--fresh``: first loads, each in a new process, so many with and without
+what makes them faster (memory reserved in one piece, kernels fetched early), and what everybody did when. ``--grid``
+tries other numbers of carriers, sizes of pieces and windows. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,19 +27,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from load_watch import lines, moments, of_a_carrier, of_the_planner, watched
 from safetensors.torch import save_file
 
 from foretell.kernels import get_kernels
-from foretell.model import carriers, lanes
+from foretell.model import carriers, device_weights, lanes
 from foretell.model.families import tensor_naming
 from foretell.model.lanes import Parcel, Piece
 from foretell.model.load import load_model, spec_for
-from foretell.progress import loading_bar
 from foretell.store import resolve
 
 DEVICE = torch.device("cuda")
 PIECE = 16 << 20
-CARRIERS, PIECES_MIB, BUFFERS, WINDOWS_GIB = (8, 12, 16, 24), (4, 8, 16), (1, 2), (0.5, 1, 2, 4)
+CARRIERS, PIECES_MIB, WINDOWS_GIB = (8, 12, 16), (8, 16), (0.5, 1, 2, 4)
+FIRST = ("nothing", "reserve", "reserve, prime")  # what is on in a new process
 
 
 def write_checkpoint(shape: Path, work: Path, shards: int) -> None:
@@ -103,10 +103,9 @@ def carrying_rate(work: Path, count: int) -> float:
     torch.cuda.synchronize()
 
     def carry(number: int) -> None:
-        lane, own = lanes.lane_to(DEVICE), target[number * size : (number + 1) * size]
+        bring, own = lanes.lane_to(DEVICE), target[number * size : (number + 1) * size]
         for file, at in pieces[number::count]:
-            lane.carry(Piece(Parcel(work, at, size), file, at, own))
-        lane.drain()
+            bring(Piece(Parcel(work, at, size), file, at, own))
 
     started = time.perf_counter()
     with ThreadPoolExecutor(count) as pool:
@@ -117,75 +116,39 @@ def carrying_rate(work: Path, count: int) -> float:
     return len(pieces) * size / seconds
 
 
-@contextmanager
-def watched() -> Iterator[dict[str, list[float]]]:
-    """What carriers and planner do meanwhile, by name: seconds each time, and of "arrived" moments."""
-    found: dict[str, list[float]] = defaultdict(list)
-    read, lane_to, begin = lanes.read, lanes.lane_to, carriers.Carriers._begin
-
-    def timed(name: str, function: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            started = time.perf_counter()
-            result = function(*arguments)
-            now = time.perf_counter()
-            found[name].append(now - started)
-            if name == "carrying":
-                found["arrived"].append(now)
-            return result
-
-        return call
-
-    def timed_lane(device: torch.device) -> Any:
-        lane: Any = timed("pinning", lane_to)(device)
-        lane.carry = timed("carrying", lane.carry)
-        return lane
-
-    lanes.read, lanes.lane_to, carriers.Carriers._begin = timed("reading", read), timed_lane, timed("making", begin)
-    try:
-        yield found
-    finally:
-        lanes.read, lanes.lane_to, carriers.Carriers._begin = read, lane_to, begin
-
-
-def load(work: Path, *, tell: bool = True) -> float:
-    """Seconds."""
+def load(work: Path, *, tell: int = 1) -> dict[str, Any]:
+    """Its seconds and, for ``tell`` 1, a line about it; for 2, all about it."""
     files = resolve(str(work))
     spec, kernels = spec_for(files), get_kernels(device="cuda")
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
-    with watched() as found:
+    with watched() as spans:
         started = time.perf_counter()
-        with loading_bar("loading") as report:
-            model = load_model(
-                files, spec, kernels, torch.bfloat16, lambda done, all_: report(2 * done, 2 * all_),
-                activation_dtype=torch.bfloat16, device=DEVICE,
-            )  # fmt: skip
+        model = load_model(files, spec, kernels, torch.bfloat16, activation_dtype=torch.bfloat16, device=DEVICE)
         torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        ended = time.perf_counter()
+    seconds, when = ended - started, moments(spans, started)
     if tell:
-        sums, threads = {name: sum(each) for name, each in found.items()}, len(found["pinning"])
         extra = torch.cuda.max_memory_allocated() - model.weight_bytes
-        parts = {
-            "reading": sums["reading"], "copying": sums["carrying"] - sums["reading"], "pinning": sums["pinning"],
-            "waiting": threads * seconds - sums["carrying"] - sums["pinning"],
-        }  # fmt: skip
-        shares = ", ".join(f"{name} {value / threads / seconds:.0%}" for name, value in parts.items())
+        between = (when["last piece"] - when["first piece"]) / 1e3
         print(
             f"  {seconds:.3f} s, {model.weight_bytes / seconds / 1e9:.1f} GB/s; first piece after "
-            f"{(min(found['arrived']) - started) * 1e3:.0f} ms, last {(max(found['arrived']) - started) * 1e3:.0f}; "
-            f"{threads} carriers: {shares}; making tensors {sums['making'] * 1e3:.0f} ms; "
-            f"slowest pinning {max(found['pinning']) * 1e3:.0f} ms; memory beside weights {extra / 1e6:.0f} MB",
-            flush=True,
-        )
-    return seconds
+            f"{when['first piece']:.0f} ms, last {when['last piece']:.0f}, {model.weight_bytes / between / 1e9:.1f} "
+            f"GB/s between them; memory beside weights {extra / 1e6:.0f} MB",
+            *(lines(spans, started, ended) if tell == 2 else ()), sep="\n    ", flush=True,
+        )  # fmt: skip
+    return {
+        "seconds": seconds, "moments_ms": when, "carrier_ms": of_a_carrier(spans, started, ended),
+        "planner_ms": of_the_planner(spans),
+    }  # fmt: skip
 
 
 @contextmanager
-def settings(count: int, piece_mib: float, buffers: int, window_gib: float) -> Iterator[None]:
+def settings(count: int, piece_mib: float, window_gib: float) -> Iterator[None]:
     chosen = (
         (carriers, "CARRIERS", count), (carriers, "usable_cpus", lambda: count),
-        (lanes, "PIECE_BYTES", int(piece_mib * (1 << 20))), (lanes, "BUFFERS", buffers),
+        (lanes, "PIECE_BYTES", int(piece_mib * (1 << 20))),
         (carriers, "WINDOW_BYTES", int(window_gib * (1 << 30))),
     )  # fmt: skip
     before = [getattr(module, name) for module, name, _ in chosen]
@@ -200,18 +163,17 @@ def settings(count: int, piece_mib: float, buffers: int, window_gib: float) -> I
 
 def grid(work: Path, total: int) -> list[dict[str, Any]]:
     """Every combination with the usual window, then the usual combination with every window."""
-    usual = (carriers.CARRIERS, lanes.PIECE_BYTES / (1 << 20), lanes.BUFFERS)
-    window = carriers.WINDOW_BYTES / (1 << 30)
-    tried = [(*each, window) for each in product(CARRIERS, PIECES_MIB, BUFFERS)]
+    usual, window = (carriers.CARRIERS, lanes.PIECE_BYTES / (1 << 20)), carriers.WINDOW_BYTES / (1 << 30)
+    tried = [(*each, window) for each in product(CARRIERS, PIECES_MIB)]
     table = []
-    for count, piece, buffers, width in tried + [(*usual, width) for width in WINDOWS_GIB if width != window]:
-        with settings(count, piece, buffers, width):
-            seconds = [load(work, tell=False) for _ in range(4)]
+    for count, piece, width in tried + [(*usual, width) for width in WINDOWS_GIB if width != window]:
+        with settings(count, piece, width):
+            seconds = [load(work, tell=0)["seconds"] for _ in range(4)]
             alone = max(carrying_rate(work, count) for _ in range(2))
-        row = {"carriers": count, "piece_mib": piece, "buffers": buffers, "window_gib": width, "seconds": seconds}
+        row = {"carriers": count, "piece_mib": piece, "window_gib": width, "seconds": seconds}
         table.append({**row, "bytes_per_second": total / min(seconds), "carrying_bytes_per_second": alone})
         print(
-            f"{count:2} carriers, {piece:2g} MiB, {buffers} buffers, window {width:g} GiB: {min(seconds):.3f} s, "
+            f"{count:2} carriers, {piece:2g} MiB, window {width:g} GiB: {min(seconds):.3f} s, "
             f"{total / min(seconds) / 1e9:.1f} GB/s (all: {', '.join(f'{s:.2f}' for s in seconds)}); "
             f"carrying alone {alone / 1e9:.1f}",
             flush=True,
@@ -219,12 +181,13 @@ def grid(work: Path, total: int) -> list[dict[str, Any]]:
     return table
 
 
-def fresh(work: Path) -> float:
-    """Seconds of the first load of a new process."""
-    command = [sys.executable, __file__, "--work", str(work), "--first"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    print(done.stdout.rstrip().rpartition("\n")[0], flush=True)
-    return float(done.stdout.splitlines()[-1])
+def fresh(work: Path, on: str) -> dict[str, Any]:
+    """The first load of a new process."""
+    command = [sys.executable, __file__, "--work", str(work), "--first", on]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    told, _, found = done.stdout.rstrip().rpartition("\n")
+    print(f"a new process, {on}:\n{told}", flush=True)
+    return {"on": on, **json.loads(found)}
 
 
 def main() -> None:
@@ -235,12 +198,15 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=0)
     parser.add_argument("--grid", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--first", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--first", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work = arguments.work
     torch.zeros(1, device=DEVICE)
     if arguments.first:
-        print(load(work))
+        gc.collect()
+        gc.freeze()  # as the engine does before it loads
+        carriers.RESERVE, device_weights.PRIME = "reserve" in arguments.first, "prime" in arguments.first
+        print(json.dumps(load(work, tell=2)))
         return
     if arguments.shape:
         write_checkpoint(arguments.shape, work, arguments.shards)
@@ -248,15 +214,18 @@ def main() -> None:
     read, bus = max(read_rate(work) for _ in range(3)), bus_rate()
     floor = min(read, bus)
     print(f"{total / 1e9:.1f} GB; files → pinned {read / 1e9:.1f} GB/s, pinned → device {bus / 1e9:.1f}", flush=True)
-    first = [fresh(work) for _ in range(arguments.fresh)]
-    seconds = [load(work) for _ in range(5)]
+    first = [fresh(work, on) for _ in range(arguments.fresh) for on in FIRST]
+    print("one process, again and again:")
+    loads = [load(work, tell=1 + (number == 4)) for number in range(5)]
+    seconds = [each["seconds"] for each in loads]
     table = grid(work, total) if arguments.grid else []
-    shares = [f"{total / each / floor:.0%}" for each in (min(seconds), *first)]
-    print(f"of the floor: {shares[0]}, first loads {', '.join(shares[1:]) or 'not timed'}")
+    best = {on: min((each["seconds"] for each in first if each["on"] == on), default=0.0) for on in FIRST}
+    told = ", ".join(f"first with {on} {total / each / floor:.0%}" for on, each in best.items() if each)
+    print(f"of the floor: {total / min(seconds) / floor:.0%}{', ' * bool(told)}{told}")
     result = {
         "bench": "gpu-loading", "card": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),
         "bytes": total, "read_bytes_per_second": read, "bus_bytes_per_second": bus, "seconds": seconds,
-        "first_seconds": first, "bytes_per_second": total / min(seconds), "of_floor": total / min(seconds) / floor,
+        "first": first, "bytes_per_second": total / min(seconds), "of_floor": total / min(seconds) / floor,
     }  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps(result | {"torch": torch.__version__, "grid": table}, indent=1) + "\n")

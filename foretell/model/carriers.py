@@ -11,19 +11,23 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
 from foretell.cpus import usable_cpus
 from foretell.model import lanes
-from foretell.model.lanes import Lane, Parcel, Piece, unreadable
+from foretell.model.lanes import Parcel, Piece, unreadable
 
-CARRIERS = 16
+CARRIERS = 12  # the fastest of 8, 12, 16 and 24 on 16 cores
 WINDOW_BYTES = 2 << 30  # of tensors that are made and not yet taken
+RESERVE = True  # off, every tensor is an allocation of its own
+SPARE_BYTES = 1 << 30  # that a reserve leaves of the device's memory
 
 
 @dataclass(slots=True, eq=False)
@@ -56,12 +60,13 @@ class Carriers:
         self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
         self._files: dict[Path, int] = {}  # the planner's
 
-    def expect(self, crates: Iterable[Sequence[str]]) -> None:
+    def expect(self, crates: Iterable[Sequence[str]], reserve: int = 0) -> None:
         """These tensors will be taken, in about this order: they are on their way from now on. Tensors of one crate
-        will lie one behind the other in one piece of memory."""
+        will lie one behind the other in one piece of memory. ``reserve``: bytes that will be kept of them, for the
+        device's allocator to take at once."""
         with self._changed:
+            self._start(reserve)  # first: pinning memory takes longer than what follows
             self._ahead.extend(self._packed(names) for names in crates)
-            self._start()
             self._changed.notify()
 
     def take(self, name: str) -> Tensor:
@@ -114,9 +119,10 @@ class Carriers:
         self._known.update({name: (parcel, crate) for name, parcel in zip(names, crate.parcels, strict=True)})
         return crate
 
-    def _start(self) -> None:
+    def _start(self, reserve: int = 0) -> None:
         if not self._threads:
-            jobs = [self._plan] + [self._carry] * min(CARRIERS, max(4, usable_cpus()))
+            jobs: list[Callable[[], None]] = [partial(self._plan, reserve)]
+            jobs += [self._carry] * min(CARRIERS, max(4, usable_cpus()))
             self._threads = [threading.Thread(target=job, name="foretell-carry", daemon=True) for job in jobs]
             for thread in self._threads:
                 thread.start()
@@ -130,13 +136,22 @@ class Carriers:
                 parcel.arrived.set()
             self._changed.notify()
 
-    def _plan(self) -> None:
+    def _plan(self, reserve: int) -> None:
         try:
+            if RESERVE and reserve and self.device.type == "cuda":
+                self._reserve(reserve)
             while (crate := self._next_crate()) is not None:
                 self._begin(crate)
                 del crate
         except BaseException as error:
             self._stop(error)
+
+    def _reserve(self, nbytes: int) -> None:
+        """Memory that is let go of at once stays the allocator's, and what is made next is cut from it: asking the
+        driver for every tensor holds up those who copy. Where so much cannot be had, that is what happens."""
+        if torch.cuda.mem_get_info(self.device)[0] >= nbytes + SPARE_BYTES:
+            with suppress(torch.cuda.OutOfMemoryError):
+                torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def _next_crate(self) -> Crate | None:
         """What to begin: the next one in order if the window allows. What somebody waits for goes first only where
@@ -181,30 +196,20 @@ class Carriers:
         return self._files[path]
 
     def _carry(self) -> None:
-        lane: Lane | None = None
         try:
-            while (piece := self._next_piece(lane)) is not None:
-                lane = lane or lanes.lane_to(self.device)  # pinned memory only for who has something to carry
-                self._arrived(lane.carry(piece))
-                del piece
+            bring = lanes.lane_to(self.device)
+            while (piece := self._pieces.get()) is not None and not self._closed:
+                bring(piece)
+                self._arrived(piece.parcel)
+                del piece  # who waits for the next one holds no tensor
         except BaseException as error:
             self._stop(error)
 
-    def _next_piece(self, lane: Lane | None) -> Piece | None:
-        try:
-            piece = self._pieces.get_nowait()
-        except Empty:
-            if lane is not None:
-                self._arrived(lane.drain())  # before a sleep: somebody may wait for just these
-            piece = self._pieces.get()
-        return None if self._closed else piece
-
-    def _arrived(self, parcels: list[Parcel]) -> None:
+    def _arrived(self, parcel: Parcel) -> None:
         with self._changed:
-            for parcel in parcels:
-                parcel.missing -= 1
-                if not parcel.missing:
-                    self._under_way -= 1
-                    parcel.arrived.set()
+            parcel.missing -= 1
+            if not parcel.missing:
+                self._under_way -= 1
+                parcel.arrived.set()
             if not self._under_way:
                 self._changed.notify()

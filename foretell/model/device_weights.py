@@ -20,6 +20,9 @@ STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+SMALL_BYTES = 1 << 20  # of torch's allocator: up to this size it has other memory than for larger ones,
+UNIT_BYTES = 512  # and of those it gives multiples of this
+PRIME = True  # off, the kernels of the search for NaN are fetched when they are first used
 
 
 class DeviceDummyWeights:
@@ -72,13 +75,15 @@ class DeviceFileWeights(FileWeights):
             self._carried = source, Carriers(device, source.place)
         self._sums: list[tuple[str, Tensor]] = []
 
-    def start(self, groups: Iterable[Sequence[str]], dtype: torch.dtype) -> None:
+    def start(self, groups: Iterable[Sequence[str]], dtype: torch.dtype, *, keep: bool = True) -> None:
         """What will be read, in about this order, is on its way from now on. Weights of a group that are stored in
-        ``dtype``, and as they shall be, lie one behind the other: to stack them takes no copy."""
+        ``dtype``, and as they shall be, lie one behind the other: to stack them takes no copy. ``keep``: these stay,
+        and memory is taken for all of them at once."""
         if self._carried is None:
             return
         file, carriers = self._carried
         crates: list[list[str]] = []
+        reserve = 0
         seen: set[str] = set()
         for group in groups:
             places = [self.sources[name] for name in group]
@@ -88,7 +93,13 @@ class DeviceFileWeights(FileWeights):
                 place.transform is None and STORED[file.stored_dtype(place.name)] is dtype for place in places
             )
             crates += [names] if as_they_are else [[name] for name in names]
-        carriers.expect(crates)
+            nbytes = sum(file.place(name)[2] for name in names)
+            if keep and as_they_are and nbytes > SMALL_BYTES:
+                reserve += -(-nbytes // UNIT_BYTES) * UNIT_BYTES
+        carriers.expect(crates, reserve)
+        if PRIME and self.device.type == "cuda":  # now, and not when the last weight is there and all wait for it
+            self._note("", torch.zeros(1, dtype=dtype, device=self.device))
+            self.check()
 
     def check(self) -> None:
         """ModelFormatError naming a tensor that is not finite."""
@@ -112,10 +123,14 @@ class DeviceFileWeights(FileWeights):
             return last[2]
         self._kept.last = last = None
         tensor = self._fetch(place.name, dtype)
-        self._sums.append((place.name, tensor.sum(dtype=torch.float32)))
+        self._note(place.name, tensor)
         if place.transform is not None:
             self._kept.last = (place.name, dtype, tensor)
         return tensor
+
+    def _note(self, name: str, tensor: Tensor) -> None:
+        """For ``check``: a sum is not finite when any element is not."""
+        self._sums.append((name, tensor.sum(dtype=torch.float32)))
 
     def _fetch(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor on the device, in ``dtype``."""

@@ -14,7 +14,7 @@ import torch
 
 from foretell.errors import ModelFormatError
 from foretell.kernels import get_kernels
-from foretell.model import carriers, lanes
+from foretell.model import carriers, device_weights, lanes
 from foretell.model.build import Builder
 from foretell.model.device_weights import DeviceFileWeights
 from foretell.model.load import load_model, spec_for
@@ -34,7 +34,7 @@ LARGER = CONFIG | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("buffers", "count", "window"), [(1, 16, 1 << 30), (1, 5, 1), (2, 8, 1 << 20), (3, 4, 1)])
+@pytest.mark.parametrize(("count", "window"), [(12, 1 << 30), (8, 1 << 20), (5, 1)])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
 def test_every_weight_as_the_cpu_reads_it(
@@ -42,14 +42,12 @@ def test_every_weight_as_the_cpu_reads_it(
     monkeypatch: pytest.MonkeyPatch,
     architecture: str,
     stored: torch.dtype,
-    buffers: int,
     count: int,
     window: int,
 ) -> None:
     """Kernels on the default stream read memory that the next tensor gets as soon as it is let go of."""
     for module, name, value in (
-        (lanes, "BUFFERS", buffers), (lanes, "PIECE_BYTES", 100_000), (carriers, "CARRIERS", count),
-        (carriers, "WINDOW_BYTES", window),
+        (lanes, "PIECE_BYTES", 100_000), (carriers, "CARRIERS", count), (carriers, "WINDOW_BYTES", window)
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     write(tmp_path, LARGER | {"architectures": [architecture]}, stored)
@@ -87,6 +85,26 @@ def test_no_more_memory_than_the_weights_take(tmp_path: Path) -> None:
     before = torch.cuda.memory_allocated()
     model = load_model(files, spec, kernels, torch.bfloat16, activation_dtype=torch.bfloat16, device=DEVICE)
     assert torch.cuda.max_memory_allocated() - before < model.weight_bytes + (4 << 20)
+
+
+@pytest.mark.parametrize("how", ["reserved", "not", "refused", "unbelieved"])
+def test_memory_is_taken_once_if_it_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    write(tmp_path, LARGER | {"hidden_size": 1024, "head_dim": 256, "intermediate_size": 3072}, torch.bfloat16)
+    files = resolve(str(tmp_path))
+    spec, kernels = spec_for(files), get_kernels(device="cuda")
+    if how == "not":
+        monkeypatch.setattr(carriers, "RESERVE", False)
+    elif how == "refused":
+        monkeypatch.setattr(carriers, "SPARE_BYTES", 1 << 50)
+    elif how == "unbelieved":  # more free than there is, more wanted than that
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 60, 1 << 60))
+        monkeypatch.setattr(device_weights, "UNIT_BYTES", 1 << 40)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_stats()["segment.large_pool.allocated"]
+    load_model(files, spec, kernels, torch.bfloat16, activation_dtype=torch.bfloat16, device=DEVICE)
+    taken = torch.cuda.memory_stats()["segment.large_pool.allocated"] - before
+    assert taken == 1 if how == "reserved" else taken > 1
 
 
 @pytest.mark.parametrize("what", ["nan", "short"])

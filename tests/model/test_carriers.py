@@ -20,7 +20,7 @@ from torch import Tensor
 from foretell.errors import ModelFormatError
 from foretell.model import carriers, lanes
 from foretell.model.carriers import Carriers
-from foretell.model.lanes import MemoryLane, Parcel, Piece
+from foretell.model.lanes import Piece
 from foretell.model.weights import stack
 from foretell.store.safetensors_file import SafetensorsSource
 
@@ -83,34 +83,12 @@ def same(raw: Tensor, tensor: Tensor) -> bool:
     return torch.equal(raw.view(torch.float32), tensor)
 
 
-class LateLane(MemoryLane):
-    """Tells of a piece only with the next one, as a lane with two buffers does."""
-
-    def __init__(self) -> None:
-        self.last: list[Parcel] = []
-
-    def carry(self, piece: Piece) -> list[Parcel]:
-        arrived, self.last = self.last, super().carry(piece)
-        return arrived
-
-    def drain(self) -> list[Parcel]:
-        arrived, self.last = self.last, []
-        return arrived
-
-
-@pytest.mark.parametrize("lane", [MemoryLane, LateLane])
 @pytest.mark.parametrize("announced", [40, 17, 0])
 @pytest.mark.parametrize("window", [1, WINDOW, 1 << 30])
 def test_any_order_from_several_threads(
-    tmp_path: Path,
-    tensors: dict[str, Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    lane: type[MemoryLane],
-    announced: int,
-    window: int,
+    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, announced: int, window: int
 ) -> None:
     monkeypatch.setattr(carriers, "WINDOW_BYTES", window)
-    monkeypatch.setattr(lanes, "lane_to", lambda device: lane())
     names, rng = list(tensors), random.Random(window + announced)
     order = rng.sample(names, len(names))
     with carriers_of(tmp_path) as own:
