@@ -86,12 +86,12 @@ def sums(folder: Path) -> list[str]:
     return lines
 
 
-def run(layout: str, path: str, workloads: list[str], repeat: int, **options: Any) -> list[Row]:
+def run(layout: str, path: str, workloads: list[str], repeat: int, runs: int = 2, **options: Any) -> list[Row]:
     rows = []
     with LLM(path, **{**OPTIONS, **options}) as llm:
         print(layout, options, {k: round(v, 2) for k, v in llm.assembly.phases.items()}, flush=True)
         show_ranks(llm)
-        for name in (each for each in workloads for _ in range(2 if each.startswith("offline") else 1)):
+        for name in (each for each in workloads for _ in range(runs if each.startswith("offline") else 1)):
             row, gpus = measure(llm, MODEL, name, repeat), options.get("tp", 1) * options.get("pp", 1)
             rival, bar = TABLE.get((layout, name), (None, None))
             floor = row.floor / gpus if row.unit == "ms" else row.floor * gpus
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--pp-options", default="[{}]", help="a JSON list of changes to try, one after the other")
+    parser.add_argument("--offline-runs", type=int, default=2)
     parser.add_argument("--requests", type=int, default=1024, help="of each replica")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--replica", type=int)
@@ -194,15 +195,23 @@ def main() -> None:
         if layout == "sums":
             result["sums"] = sums(Path("/tmp"))
         elif layout == "one":
-            rows += run("one", path, wanted or ["offline-1024"], arguments.repeat)
+            rows += run("one", path, wanted or ["offline-1024"], arguments.repeat, arguments.offline_runs)
             if not wanted:
-                rows += run("one", path, ["offline-1024"], arguments.repeat, **MANY)
+                rows += run("one", path, ["offline-1024"], arguments.repeat, arguments.offline_runs, **MANY)
         elif layout == "tp":
             names = wanted or [name for kind, name in TABLE if kind == "tp"]
-            rows += run("tp", path, names, arguments.repeat, tp=2, **MANY)
+            rows += run("tp", path, names, arguments.repeat, arguments.offline_runs, tp=2, **MANY)
         elif layout == "pp":
             for more in json.loads(arguments.pp_options):
-                rows += run("pp", path, wanted or ["offline-1024"], arguments.repeat, pp=2, **{**MANY, **more})
+                rows += run(
+                    "pp",
+                    path,
+                    wanted or ["offline-1024"],
+                    arguments.repeat,
+                    arguments.offline_runs,
+                    pp=2,
+                    **{**MANY, **more},
+                )
         elif layout == "replicas":
             each = result["replicas"] = replicas(path, 2, arguments.requests)
             gain = 2 * each["all"] / (each["one"] + each["again one"])
