@@ -24,7 +24,7 @@ TIMED: tuple[tuple[Any, str, str], ...] = (
     (model_load, "open_tensors", "open"), (DeviceFileWeights, "__init__", "names"),
     (DeviceFileWeights, "start", "announce"), (Builder, "build", "build"), (DeviceFileWeights, "check", "check"),
     (DeviceFileWeights, "close", "close"),
-    (Carriers, "_reserve", "reserve"), (Carriers, "_next_crate", "room"), (Carriers, "_begin", "make"),
+    (Carriers, "_next_crate", "room"), (Carriers, "_begin", "make"),
     (torch, "empty", "allocate"), (torch.cuda.Stream, "synchronize", "device"),
     (lanes, "lane_to", "ready"), (lanes, "read", "read"), (torch.Tensor, "copy_", "copy"),
     (Carriers, "_arrived", "tell"),
@@ -96,8 +96,6 @@ def moments(spans: Spans, started: float) -> dict[str, float]:
         "a carrier ready": min(ready), "all ready": max(ready), "first piece": min(tell), "last piece": max(tell),
         "built": spans["build"][0].end, "checked": spans["check"][-1].end, "closed": spans["close"][0].end,
     }  # fmt: skip
-    if spans["reserve"]:
-        found["memory reserved"] = spans["reserve"][0].end
     return {name: (at - started) * 1e3 for name, at in sorted(found.items(), key=lambda item: item[1])}
 
 
@@ -124,12 +122,12 @@ def of_a_carrier(spans: Spans, started: float, ended: float) -> dict[str, float]
 
 def of_the_planner(spans: Spans) -> dict[str, float]:
     """Milliseconds."""
-    thread, reserved = spans["make"][0].thread, max((span.end for span in spans["reserve"]), default=0.0)
-    allocated = [span for span in spans["allocate"] if span.thread == thread and span.begin >= reserved]
+    thread = spans["make"][0].thread
+    allocated = [span for span in spans["allocate"] if span.thread == thread]
     device = [span for span in spans["device"] if span.thread == thread]
     parts = {
-        "reserving": total(spans["reserve"]), "allocating": total(allocated),
-        "slowest allocation": max(span.seconds for span in allocated), "waiting for the device": total(device),
+        "allocating": total(allocated), "slowest allocation": max(span.seconds for span in allocated),
+        "waiting for the device": total(device),
         "cutting": total(spans["make"]) - total(allocated) - total(device), "waiting for room": total(spans["room"]),
     }  # fmt: skip
     return {name: seconds * 1e3 for name, seconds in parts.items()}

@@ -4,9 +4,8 @@
 
 Writes a checkpoint of random weights in the model's shape (bfloat16, 16 GB for an 8B model), or without ``--shape``
 takes what is there, then loads it. The floor is the slower of reading the files into pinned memory with 16 threads
-and copying pinned memory to the device. ``--fresh``: first loads, each in a new process, so many with and without
-what makes them faster (memory reserved in one piece, kernels fetched early), and what everybody did when. ``--grid``
-tries other numbers of carriers, sizes of pieces and windows. The last line is JSON.
+and copying pinned memory to the device. ``--fresh``: so many first loads, each in a new process, and what everybody
+did when. ``--grid`` tries other numbers of carriers, sizes of pieces and windows. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from load_watch import lines, moments, of_a_carrier, of_the_planner, watched
 from safetensors.torch import save_file
 
 from foretell.kernels import get_kernels
-from foretell.model import carriers, device_weights, lanes
+from foretell.model import carriers, lanes
 from foretell.model.families import tensor_naming
 from foretell.model.lanes import Parcel, Piece
 from foretell.model.load import load_model, spec_for
@@ -40,7 +39,6 @@ from foretell.store import resolve
 DEVICE = torch.device("cuda")
 PIECE = 16 << 20
 CARRIERS, PIECES_MIB, WINDOWS_GIB = (8, 12, 16), (8, 16), (0.5, 1, 2, 4)
-FIRST = ("nothing", "reserve", "reserve, prime")  # what is on in a new process
 
 
 def write_checkpoint(shape: Path, work: Path, shards: int) -> None:
@@ -181,13 +179,13 @@ def grid(work: Path, total: int) -> list[dict[str, Any]]:
     return table
 
 
-def fresh(work: Path, on: str) -> dict[str, Any]:
+def fresh(work: Path) -> dict[str, Any]:
     """The first load of a new process."""
-    command = [sys.executable, __file__, "--work", str(work), "--first", on]
+    command = [sys.executable, __file__, "--work", str(work), "--first"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     told, _, found = done.stdout.rstrip().rpartition("\n")
-    print(f"a new process, {on}:\n{told}", flush=True)
-    return {"on": on, **json.loads(found)}
+    print(f"a new process:\n{told}", flush=True)
+    return dict(json.loads(found))
 
 
 def main() -> None:
@@ -198,14 +196,13 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=0)
     parser.add_argument("--grid", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--first", help=argparse.SUPPRESS)
+    parser.add_argument("--first", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work = arguments.work
     torch.zeros(1, device=DEVICE)
     if arguments.first:
         gc.collect()
         gc.freeze()  # as the engine does before it loads
-        carriers.RESERVE, device_weights.PRIME = "reserve" in arguments.first, "prime" in arguments.first
         print(json.dumps(load(work, tell=2)))
         return
     if arguments.shape:
@@ -214,14 +211,13 @@ def main() -> None:
     read, bus = max(read_rate(work) for _ in range(3)), bus_rate()
     floor = min(read, bus)
     print(f"{total / 1e9:.1f} GB; files → pinned {read / 1e9:.1f} GB/s, pinned → device {bus / 1e9:.1f}", flush=True)
-    first = [fresh(work, on) for _ in range(arguments.fresh) for on in FIRST]
+    first = [fresh(work) for _ in range(arguments.fresh)]
     print("one process, again and again:")
     loads = [load(work, tell=1 + (number == 4)) for number in range(5)]
     seconds = [each["seconds"] for each in loads]
     table = grid(work, total) if arguments.grid else []
-    best = {on: min((each["seconds"] for each in first if each["on"] == on), default=0.0) for on in FIRST}
-    told = ", ".join(f"first with {on} {total / each / floor:.0%}" for on, each in best.items() if each)
-    print(f"of the floor: {total / min(seconds) / floor:.0%}{', ' * bool(told)}{told}")
+    told = ", ".join(f"{total / each['seconds'] / floor:.0%}" for each in first)
+    print(f"of the floor: {total / min(seconds) / floor:.0%}; first loads {told or 'not timed'}")
     result = {
         "bench": "gpu-loading", "card": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),
         "bytes": total, "read_bytes_per_second": read, "bus_bytes_per_second": bus, "seconds": seconds,

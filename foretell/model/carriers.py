@@ -11,9 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -26,8 +24,6 @@ from foretell.model.lanes import Parcel, Piece, unreadable
 
 CARRIERS = 12  # the fastest of 8, 12, 16 and 24 on 16 cores
 WINDOW_BYTES = 2 << 30  # of tensors that are made and not yet taken
-RESERVE = True  # off, every tensor is an allocation of its own
-SPARE_BYTES = 1 << 30  # that a reserve leaves of the device's memory
 
 
 @dataclass(slots=True, eq=False)
@@ -60,12 +56,11 @@ class Carriers:
         self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
         self._files: dict[Path, int] = {}  # the planner's
 
-    def expect(self, crates: Iterable[Sequence[str]], reserve: int = 0) -> None:
+    def expect(self, crates: Iterable[Sequence[str]]) -> None:
         """These tensors will be taken, in about this order: they are on their way from now on. Tensors of one crate
-        will lie one behind the other in one piece of memory. ``reserve``: bytes that will be kept of them, for the
-        device's allocator to take at once."""
+        will lie one behind the other in one piece of memory."""
         with self._changed:
-            self._start(reserve)  # first: pinning memory takes longer than what follows
+            self._start()  # first: pinning memory takes longer than what follows
             self._ahead.extend(self._packed(names) for names in crates)
             self._changed.notify()
 
@@ -119,10 +114,9 @@ class Carriers:
         self._known.update({name: (parcel, crate) for name, parcel in zip(names, crate.parcels, strict=True)})
         return crate
 
-    def _start(self, reserve: int = 0) -> None:
+    def _start(self) -> None:
         if not self._threads:
-            jobs: list[Callable[[], None]] = [partial(self._plan, reserve)]
-            jobs += [self._carry] * min(CARRIERS, max(4, usable_cpus()))
+            jobs = [self._plan] + [self._carry] * min(CARRIERS, max(4, usable_cpus()))
             self._threads = [threading.Thread(target=job, name="foretell-carry", daemon=True) for job in jobs]
             for thread in self._threads:
                 thread.start()
@@ -136,22 +130,13 @@ class Carriers:
                 parcel.arrived.set()
             self._changed.notify()
 
-    def _plan(self, reserve: int) -> None:
+    def _plan(self) -> None:
         try:
-            if RESERVE and reserve and self.device.type == "cuda":
-                self._reserve(reserve)
             while (crate := self._next_crate()) is not None:
                 self._begin(crate)
                 del crate
         except BaseException as error:
             self._stop(error)
-
-    def _reserve(self, nbytes: int) -> None:
-        """Memory that is let go of at once stays the allocator's, and what is made next is cut from it: asking the
-        driver for every tensor holds up those who copy. Where so much cannot be had, that is what happens."""
-        if torch.cuda.mem_get_info(self.device)[0] >= nbytes + SPARE_BYTES:
-            with suppress(torch.cuda.OutOfMemoryError):
-                torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def _next_crate(self) -> Crate | None:
         """What to begin: the next one in order if the window allows. What somebody waits for goes first only where

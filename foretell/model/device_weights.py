@@ -20,9 +20,6 @@ STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-SMALL_BYTES = 1 << 20  # of torch's allocator: up to this size it has other memory than for larger ones,
-UNIT_BYTES = 512  # and of those it gives multiples of this
-PRIME = True  # off, the kernels of the search for NaN are fetched when they are first used
 
 
 class DeviceDummyWeights:
@@ -75,15 +72,13 @@ class DeviceFileWeights(FileWeights):
             self._carried = source, Carriers(device, source.place)
         self._sums: list[tuple[str, Tensor]] = []
 
-    def start(self, groups: Iterable[Sequence[str]], dtype: torch.dtype, *, keep: bool = True) -> None:
+    def start(self, groups: Iterable[Sequence[str]], dtype: torch.dtype) -> None:
         """What will be read, in about this order, is on its way from now on. Weights of a group that are stored in
-        ``dtype``, and as they shall be, lie one behind the other: to stack them takes no copy. ``keep``: these stay,
-        and memory is taken for all of them at once."""
+        ``dtype``, and as they shall be, lie one behind the other: to stack them takes no copy."""
         if self._carried is None:
             return
         file, carriers = self._carried
         crates: list[list[str]] = []
-        reserve = 0
         seen: set[str] = set()
         for group in groups:
             places = [self.sources[name] for name in group]
@@ -93,13 +88,7 @@ class DeviceFileWeights(FileWeights):
                 place.transform is None and STORED[file.stored_dtype(place.name)] is dtype for place in places
             )
             crates += [names] if as_they_are else [[name] for name in names]
-            nbytes = sum(file.place(name)[2] for name in names)
-            if keep and as_they_are and nbytes > SMALL_BYTES:
-                reserve += -(-nbytes // UNIT_BYTES) * UNIT_BYTES
-        carriers.expect(crates, reserve)
-        if PRIME and self.device.type == "cuda":  # now, and not when the last weight is there and all wait for it
-            self._note("", torch.zeros(1, dtype=dtype, device=self.device))
-            self.check()
+        carriers.expect(crates)
 
     def check(self) -> None:
         """ModelFormatError naming a tensor that is not finite."""

@@ -94,7 +94,7 @@ def build_from(weights: Weights, builder: Builder) -> Transformer:
         return builder.build()
     with closing(weights):
         if builder.weights is weights:
-            weights.start(builder.reads(), builder.dtype, keep=builder.quantization is None)
+            weights.start(builder.reads(), builder.dtype)
         model = builder.build()
         weights.check()
     return model

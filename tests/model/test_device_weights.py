@@ -17,9 +17,8 @@ from torch import Tensor
 from foretell.errors import ConfigError, ModelFormatError
 from foretell.kernels.base import Linear
 from foretell.kernels.reference import ReferenceKernels
-from foretell.model import carriers, device_weights, lanes
+from foretell.model import carriers, lanes
 from foretell.model.build import Builder
-from foretell.model.carriers import Carriers
 from foretell.model.device_weights import DeviceFileWeights
 from foretell.model.families import FAMILIES
 from foretell.model.lanes import Piece
@@ -120,30 +119,6 @@ def test_what_a_product_stacks_lies_together_if_it_is_stored_as_it_is_kept(tmp_p
             for group in stacked:
                 parts = [weights.read(name, dtype) for name in group]
                 assert (stack(parts).data_ptr() == parts[0].data_ptr()) is together
-
-
-@pytest.mark.parametrize(("stored", "keep"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)])
-def test_memory_is_reserved_for_what_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, keep: bool
-) -> None:
-    monkeypatch.setattr(device_weights, "SMALL_BYTES", 2 * CONFIG["hidden_size"])  # the norms'
-    expect, asked = Carriers.expect, []
-
-    def noted(self: Carriers, crates: list[list[str]], reserve: int = 0) -> None:
-        asked.append(reserve)
-        expect(self, crates, reserve)
-
-    monkeypatch.setattr(Carriers, "expect", noted)
-    state = write(tmp_path, CONFIG, stored)
-    with closing(weights_of(tmp_path)) as weights:
-        builder = Builder(spec_for(resolve(str(tmp_path))), weights, KERNELS, torch.bfloat16)
-        weights.start(builder.reads(), torch.bfloat16, keep=keep)
-    larger = sum(tensor.nbytes for tensor in state.values() if tensor.dim() > 1)
-    units = len(state) * device_weights.UNIT_BYTES
-    if keep and stored is torch.bfloat16:
-        assert larger <= asked[0] < larger + units
-    else:
-        assert asked == [0]
 
 
 def test_a_part_alone(tmp_path: Path) -> None:
