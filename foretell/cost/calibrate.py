@@ -227,7 +227,7 @@ class _Measuring:
 
 def process_bytes(llm: LLM, bench: StepBench) -> int:
     """Of the engine's process on a CPU, beside weights and a cache that is filled, after a step of one token."""
-    from foretell.parallel.rank import resident_bytes
+    from foretell.parallel.loading import resident_bytes
 
     if bench.device is not None or bench.seconds(rows(1, sample=True)) is None:
         return 0

@@ -221,12 +221,12 @@ def sum_add_norm_many(
     epoch = tl.load(state_ptr)
     half = (epoch & 1).to(tl.int64) * SIZE
     for row in range(program, rows, programs):
-        at = row.to(tl.int64) * (C // 2) + w
+        at = row * (C // 2) + w  # all of them fit in an inbox
         own = tl.load(y_ptr + at, mask=inside, other=0)
         _put(own, peers_ptr, at, inside, half, RANK, SIZE, ROOM)
     _meet(flags_ptr, epoch, half, RANK, SIZE, FLAGS)
     for row in range(program, rows, programs):
-        at = row.to(tl.int64) * (C // 2) + w
+        at = row * (C // 2) + w  # all of them fit in an inbox
         own = tl.load(y_ptr + at, mask=inside, other=0)
         x = tl.load(x_ptr + at, mask=inside, other=0)
         low, high = _gathered(own, peers_ptr, at, inside, half, DTYPE, RANK, SIZE, ROOM)

@@ -14,7 +14,7 @@ from foretell.model.residual import Pending, Residual, chosen, total
 from foretell.model.rope import Rotation
 
 
-def unchanged(x: Residual) -> Tensor:
+def unchanged(x: Residual | Pending) -> Tensor:
     """The norm that a family does not have at this place."""
     return total(x)
 

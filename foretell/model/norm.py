@@ -11,7 +11,7 @@ from foretell.config import Norm as NormKind
 from foretell.kernels.base import Kernels
 from foretell.model.residual import Pending, PendingNorm, PendingSum, Residual, total
 
-Norm = Callable[[Residual], Tensor]  # [..., C] → [..., C]
+Norm = Callable[[Residual | Pending], Tensor]  # [..., C] → [..., C]
 PostNorm = Callable[[Tensor | Pending], Tensor | Pending]
 
 

@@ -487,7 +487,6 @@ def test_the_command_plans_for_a_data_sheet_and_keeps_what_it_found(
     for words in (
         "winner: tp=1 pp=1 replicas=1",
         "bound by",
-        "CPU processes only",
         "weights",
         "the same run",
     ):
