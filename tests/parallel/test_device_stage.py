@@ -117,8 +117,7 @@ class ThreadRanks:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2)])
-@pytest.mark.parametrize("preempt", [0.0, 0.3])
-def test_same_tokens_as_the_plain_runner_and_the_twin_agrees(tp: int, pp: int, preempt: float) -> None:
+def test_same_tokens_as_the_plain_runner_and_the_twin_agrees(tp: int, pp: int) -> None:
     executor, events = ThreadRanks(tp, pp), []  # type: ignore[var-annotated]
     try:
         engine = Engine(CONFIG, executor, on_event=events.append)
@@ -126,7 +125,7 @@ def test_same_tokens_as_the_plain_runner_and_the_twin_agrees(tp: int, pp: int, p
         arrivals: dict[int, list[int]] = {}
         for i in range(PROMPT_COUNT):
             arrivals.setdefault(rng.randrange(0, 12), []).append(i)
-        outputs = run(engine, arrivals, preempt, seed=3)
+        outputs = run(engine, arrivals, preempt=0.2, seed=3)
         assert outputs == {i: expected()[i] for i in range(PROMPT_COUNT)}
         assert all(pool.num_free == pool.num_blocks for pool in engine.scheduler.blocks.pools)
         twin = ReplayExecutor(executor.num_blocks, depth=executor.depth, chain=executor.chain)
