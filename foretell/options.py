@@ -169,7 +169,7 @@ def scheduler_config(
     unwatched = device == "cuda" and not options.interactive
     usual_tokens = BATCH_MAX_TOKENS[gpu_bytes >= LARGE_GPU] if unwatched else DEFAULT_MAX_TOKENS[device]
     if unwatched and options.pp > 1:  # a stage idles for a step at the beginning and at the end
-        usual_tokens //= 2 * options.pp
+        usual_tokens = max(DEFAULT_MAX_TOKENS[device], usual_tokens // (2 * options.pp))
     most_tokens = options.max_num_batched_tokens or max(usual_tokens, options.max_num_seqs or 1)
     most_seqs = options.max_num_seqs or min(DEFAULT_MAX_SEQS[device], most_tokens)
     return SchedulerConfig(

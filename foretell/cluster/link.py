@@ -196,7 +196,7 @@ class Launcher:
             raise
         engine = DistantEngine(started.pid, lambda: self._end(name, lost=True))
         where = "+".join(span.address for span in spans)
-        return Launched(engine, sock, self._options(hosts, spans, started), where)
+        return Launched(engine, sock, self._options(hosts, spans, started, gpus=gpus), where)
 
     def _choose(self, hosts: list[Host]) -> list[Span]:
         shape, now = self.shape, asyncio.get_running_loop().time()
@@ -224,8 +224,9 @@ class Launcher:
                 self._lost[span.address] = until
         self.cluster.end(name)
 
-    def _options(self, hosts: list[Host], spans: list[Span], started: Started) -> dict[str, Any]:
-        """Threads as reserved; of each host's free memory the usual share, less what other instances may come for."""
+    def _options(self, hosts: list[Host], spans: list[Span], started: Started, *, gpus: bool) -> dict[str, Any]:
+        """Threads as reserved; of each host's free memory the usual share, less what other instances may come for.
+        Ranks on GPUs find out themselves what fits."""
         shape, whole = self.shape, rooms(hosts, self.shape.cpus_per_rank)
         ranks = sum(len(span.ranks) for span in spans)
         per_rank = min(
@@ -233,7 +234,7 @@ class Launcher:
         )
         return {
             "num_threads": shape.cpus_per_rank * ranks,
-            "kv_cache_bytes": shape.kv_cache_bytes or max(1, int(per_rank * ranks)),
+            "kv_cache_bytes": shape.kv_cache_bytes or (None if gpus else max(1, int(per_rank * ranks))),
         }
 
 

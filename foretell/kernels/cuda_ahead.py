@@ -40,7 +40,9 @@ def compile_ahead(
     calls = _Calls(kernels, spec, dtype, block_size, device, kv_dtype, quantization).all()
 
     def compile_all() -> None:
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="foretell-compile", initializer=_compile_only) as pool:
+        with ThreadPoolExecutor(
+            THREADS, thread_name_prefix="foretell-compile", initializer=_compile_only, initargs=(device,)
+        ) as pool:
             for done in [pool.submit(call) for call in calls]:
                 done.result()
 
@@ -50,7 +52,9 @@ def compile_ahead(
     return future
 
 
-def _compile_only() -> None:
+def _compile_only(device: torch.device) -> None:
+    if device.index is not None:
+        torch.cuda.set_device(device)  # a new thread begins with the first one
     launch.compiling = True
 
 

@@ -25,7 +25,7 @@ class Group(Protocol):
     shard: int
 
     def sum_(self, x: Tensor) -> Tensor:
-        """x, replaced by the sum over the group; on every rank the same bits."""
+        """The sum over the group, in x or in a new tensor; on every rank the same bits."""
         ...
 
     def summed(self, x: Tensor) -> Tensor | Pending:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class DeviceCommunicator(Communicator):
-    """The groups of a rank that computes on a GPU. All it does can be part of a captured graph, but for sends."""
+    """The groups of a rank that computes on a GPU. Sums and gathers can be part of a captured graph."""
 
     def __init__(
         self, layout: Layout, place: Place, store_url: str, kernels: Kernels, device: torch.device, *,

@@ -1,6 +1,7 @@
 """A rank's runner on a GPU: the same steps ahead of the CPU, with the other ranks' parts in between.
 
-Every rank of the last stage finds the tokens from the same logits, so they need not travel between GPUs. The one that
+Every rank of the last stage finds the tokens from the same logits, so they need not travel between GPUs: equal cards
+compute equal bits. The one that
 ``samples`` also tells the driver; what its CPU has chosen (log-probabilities, structured output) comes to the others
 with the next step, as all tokens come to the stages before.
 """

@@ -29,7 +29,8 @@ class Inbox:
     """Sums of at most ``MOST_BYTES`` over the group, in one order of ranks and with the same bits on all of them."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """RuntimeError where the GPUs cannot reach each other's memory. All ranks of the group call it at once."""
+        """RuntimeError where the GPUs cannot reach each other's memory. All ranks of the group call it at once, and
+        nobody may write before all have said that theirs is there (``make_inbox``)."""
         import torch.distributed._symmetric_memory as symmetric  # of torch, public in all but its name
 
         self.rank, self.size, self.device = dist.get_rank(group), dist.get_world_size(group), device
@@ -45,7 +46,6 @@ class Inbox:
         )
         self.state = torch.tensor([1, 0], dtype=torch.int32, device=device)
         torch.cuda.synchronize(device)
-        dist.barrier(group)
 
     def takes(self, x: Tensor) -> bool:
         """Whether ``sum`` is for this tensor."""

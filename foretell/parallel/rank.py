@@ -72,6 +72,8 @@ def main(fd: int | None, *, tied: bool) -> int:
         runner, ready = load(setup, heart)
         channel.send(ready)
         serve(channel, runner, heart)
+        if runner.ahead:
+            os._exit(0)  # what GPUs say to each other is not taken down: that may wait for others who have left
     except EOFError:
         return 1
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Engine options → a running ParallelExecutor. No torch in the driver: the ranks compute."""
+"""Engine options → a running ParallelExecutor. The driver computes nothing: the ranks do."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ def start_parallel(
     num_blocks = plan_blocks(spec, config, kv_bytes * spec.num_kv_heads // held, element_bytes) if on_cpu else ()
     threads = max(1, (options.num_threads or usable_cpus()) // layout.num_ranks)
 
+    own_bytes = None if options.kv_cache_bytes is None else -(-options.kv_cache_bytes // layout.num_ranks)
+
     def setup(rank: int, store_url: str) -> Setup:
         return Setup(
             model=str(files.path) if meeting is None else options.model,
@@ -72,7 +74,7 @@ def start_parallel(
             offline=True if meeting is None else options.offline,
             device=device,
             memory_share=options.memory_share,
-            kv_cache_bytes=options.kv_cache_bytes,
+            kv_cache_bytes=own_bytes,
             kv_cache_dtype=options.kv_cache_dtype,
             quantization=options.quantization,
         )

@@ -17,7 +17,6 @@ from foretell.core.engine import Engine
 from foretell.core.messages import Batch, Result
 from foretell.core.params import SamplingParams
 from foretell.executor.replay import ReplayExecutor, replay
-from foretell.kernels.reference import ReferenceKernels
 from foretell.model.build import Builder
 from foretell.model.load import spec_for
 from foretell.model.weights import FileWeights
@@ -31,7 +30,7 @@ from foretell.worker.kv import allocate
 from tests.model import models
 from tests.model.test_device_runner import PaddedSteps
 from tests.model.test_whatever_happens_around import PROMPT_COUNT, expected, run
-from tests.parallel.test_wrap import ThreadGroup, Threads
+from tests.parallel.test_wrap import Deferring, ThreadGroup, Threads
 from tests.unit.test_scheduler_invariants import trace_of
 
 NUM_BLOCKS = 30
@@ -73,7 +72,7 @@ class ThreadRanks:
             own, place = shard_spec(spec, tp), layout.place(rank)
             whole = FileWeights(open_tensors(files), spec)
             weights = ShardedWeights(whole, spec, tp, place.shard) if tp > 1 else whole
-            model = Builder(own, weights, ReferenceKernels(), torch.float32, layers=place.layers).build()
+            model = Builder(own, weights, Deferring(), torch.float32, layers=place.layers).build()
             kv = allocate(own, (NUM_BLOCKS + 1,), CONFIG.block_size, torch.float32, place.layers)
             for layer in kv:
                 layer.k.fill_(float("nan"))

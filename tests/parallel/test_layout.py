@@ -13,7 +13,14 @@ from foretell.config import ModelSpec
 from foretell.errors import ConfigError
 from foretell.model.parameters import weight_shapes
 from foretell.model.weights import DummyWeights
-from foretell.parallel.layout import balanced_stages, make_layout, possible_layouts, rank_parameters, shard_spec
+from foretell.parallel.layout import (
+    balanced_stages,
+    in_flight,
+    make_layout,
+    possible_layouts,
+    rank_parameters,
+    shard_spec,
+)
 from foretell.parallel.shard import Cut, ShardedWeights
 
 
@@ -153,3 +160,8 @@ def test_the_ledger_counts_what_the_ranks_read(heads: tuple[int, int], tp: int, 
             else:
                 held += prod(shape) * place.is_last
         assert counted == held
+
+
+def test_batches_in_flight() -> None:
+    assert [in_flight(pp, "cpu") for pp in (1, 2, 4)] == [(1, 0), (2, 0), (4, 0)]
+    assert [in_flight(pp, "cuda") for pp in (1, 2, 4)] == [(2, 1), (3, 0), (5, 0)]

@@ -64,10 +64,16 @@ class Threads:
         return parts
 
 
+class Deferring(ReferenceKernels):
+    """As on GPUs: sums wait for the norm behind them."""
+
+    defers_sums = True
+
+
 class ThreadGroup:
     """``lazy``: sums of halves are left to the norm behind them, as on GPUs."""
 
-    inbox, ordered, kernels = None, False, ReferenceKernels()
+    inbox, ordered, kernels = None, False, Deferring()
 
     def __init__(self, threads: Threads, shard: int, *, lazy: bool = False) -> None:
         self.threads, self.size, self.shard, self.lazy = threads, threads.size, shard, lazy
@@ -89,10 +95,11 @@ class ThreadGroup:
         out.copy_(self.gather(x)[:, : out.shape[1]])
 
 
-def build(spec: ModelSpec, tp: int, shard: int) -> Transformer:
+def build(spec: ModelSpec, tp: int, shard: int, *, lazy: bool = False) -> Transformer:
     weights: Any = RandomWeights(spec)
     weights = ShardedWeights(weights, spec, tp, shard) if tp > 1 else weights
-    return Builder(shard_spec(spec, tp), weights, ReferenceKernels(), torch.float32).build()
+    kernels = Deferring() if lazy else ReferenceKernels()
+    return Builder(shard_spec(spec, tp), weights, kernels, torch.float32).build()
 
 
 def logits(model: Transformer) -> Tensor:
@@ -140,7 +147,9 @@ def test_shards_together_compute_the_model(kind: str, tp: int, lazy: bool) -> No
     threads = Threads(tp)
 
     def rank(shard: int) -> Tensor:
-        return logits(wrap(build(spec, tp, shard), ThreadGroup(threads, shard, lazy=lazy), spec.vocab_size))
+        return logits(
+            wrap(build(spec, tp, shard, lazy=lazy), ThreadGroup(threads, shard, lazy=lazy), spec.vocab_size)
+        )
 
     with ThreadPoolExecutor(tp) as pool:
         found = list(pool.map(rank, range(tp)))

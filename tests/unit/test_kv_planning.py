@@ -61,3 +61,12 @@ def test_a_small_cache_gives_a_sliding_model_chunks_and_company() -> None:
 def test_a_window_wider_than_the_context_asks_for_the_context_only(seqs: int) -> None:
     config = SchedulerConfig(max_model_len=512, max_num_seqs=seqs, max_num_batched_tokens=512)
     assert engine_for(MISTRAL, config, 10**10).scheduler.chunk_cap == 512
+
+
+def test_a_stage_without_layers_of_a_group_leaves_it_to_the_others() -> None:
+    spec = ModelSpec("gemma3", 4, 8, 8, 2, 1, 8, 10, 4096, (16, 16, 16, None))
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=256)
+    full, window = plan_blocks(spec, config, 1 << 20, 2, range(2))
+    assert block_bytes(spec, config.block_size, 2, range(2))[0] == 0
+    assert full == 4 * 256 // config.block_size  # as many as can be of use: they cost nothing here
+    assert window >= 3
