@@ -1,9 +1,9 @@
 """The parallel executor: the same brain, its batches computed by tp × pp processes that share the model.
 
 One driver (this process) sends every batch to every rank as plain data. Several are in flight (``depth``, see
-``layout.in_flight``): with two stages, the second works on the first batch while the first works on the second. A rank
-that dies or hangs is named, all others are ended, and ``wait`` raises ``RankError``: the engine stops, and a server
-starts a new one.
+``layout.in_flight``): with two stages, the second works on the first batch while the first works on the second. A
+rank that dies or hangs is named, all others are ended, and ``wait`` raises ``RankError``: the engine stops, and a
+server starts a new one.
 """
 
 from __future__ import annotations
