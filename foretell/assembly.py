@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError, ForetellError
-from foretell.executor.load import Phases, kv_cache_dtype, load
+from foretell.executor.load import Phases, load
 from foretell.options import EngineOptions, context_len, gpu_bytes, resolve_device, scheduler_config
 from foretell.step_log import StepLog
 
@@ -106,7 +106,7 @@ def _start(
     from foretell.core.engine import Engine
     from foretell.grammar.compiler import GrammarCompiler
     from foretell.model.load import resolve_dtype, spec_for
-    from foretell.worker.kv import block_bytes
+    from foretell.worker.kv import block_bytes, kv_cache_dtype
 
     spec, dtype = spec_for(files), resolve_dtype(options.dtype, files)
     max_model_len = context_len(options, spec)
@@ -119,7 +119,7 @@ def _start(
     engine = Engine(config, executor, [g.window for g in spec.kv_groups], on_event=on_event, on_step=step_log)
     executor.use_grammars(GrammarCompiler(lambda: tokenizer, spec.vocab_size))
     _watch(engine, options, device, files.name, spec, loaded)
-    kv_dtype = kv_cache_dtype(options, dtype)
+    kv_dtype = kv_cache_dtype(options.kv_cache_dtype, dtype)
     sizes = block_bytes(spec, config.block_size, kv_dtype.itemsize)
     return Assembly(
         options=options,

@@ -1,4 +1,4 @@
-"""How much memory there is to take."""
+"""How much memory there is to take, and how much is taken."""
 
 from __future__ import annotations
 
@@ -34,3 +34,15 @@ def _fields(path: Path) -> dict[str, int]:
 
 def default_kv_bytes() -> int:
     return int(available_memory_bytes() * DEFAULT_KV_SHARE)
+
+
+def resident_bytes() -> int:
+    """Memory of this process alone, without mapped files, after giving back what is free; 0 where nobody tells."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    return 0

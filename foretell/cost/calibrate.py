@@ -25,10 +25,12 @@ from foretell.cost.floor import ChunkShape
 from foretell.cost.grid import Curve, Surface
 from foretell.cost.heldout import with_held_out
 from foretell.cost.machine import device_key, machine_name
+from foretell.cost.pace import Pace
 from foretell.cost.profile import Profile, attended
-from foretell.cost.stepping import PIECE, Pace, Shape, StepBench, decodes, rows
+from foretell.cost.stepping import PIECE, Shape, StepBench, decodes, rows
 from foretell.cpus import usable_cpus
 from foretell.errors import ConfigError
+from foretell.memory import resident_bytes
 from foretell.trace.workloads import TraceRequest, Workload
 
 if TYPE_CHECKING:
@@ -227,8 +229,6 @@ class _Measuring:
 
 def process_bytes(llm: LLM, bench: StepBench) -> int:
     """Of the engine's process on a CPU, beside weights and a cache that is filled, after a step of one token."""
-    from foretell.parallel.loading import resident_bytes
-
     if bench.device is not None or bench.seconds(rows(1, sample=True)) is None:
         return 0
     return max(0, resident_bytes() - llm.assembly.weight_bytes - llm.assembly.kv_bytes)

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from foretell.cost.floor import ChunkShape
+from foretell.cost.pace import Pace
 from foretell.cost.profile import Kind, Profile
 from foretell.cost.refit import fitted_scales
 from foretell.cost.step import Estimate, StepCost
-from foretell.cost.stepping import Pace, Shape, StepBench
+from foretell.cost.stepping import Shape, StepBench
 
 if TYPE_CHECKING:
     from foretell.llm import LLM

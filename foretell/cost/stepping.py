@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 PIECE = 16  # tokens of each sequence where attention shall not count
 MOST_PIECES = 32  # on a device, which has a head for each of them
 REFERENCE = (4, 256)  # sequences, keys of each: the decode step that tells how fast the machine is at the moment
-SAME_PACE = 0.03  # repeated reference steps differ by about as much on a quiet machine
 FIRST_ID = 1 << 40  # no request of the engine has such an id
 POINT_SECONDS, FEWEST, MOST = 0.1, 3, 60  # spent on one point at a time, and between how many runs
 PATIENCE = 3.0  # times as long is spent on a point that others on the machine disturb
@@ -58,33 +57,6 @@ def rows(count: int, *, sample: bool) -> Shape:
 def decodes(count: int, keys: int) -> Shape:
     """So many sequences that get one token each, which sees so many keys."""
     return tuple(ChunkShape(keys - 1, 1) for _ in range(count))
-
-
-class Pace:
-    """How fast the machine is from moment to moment, by a reference step beside what is measured."""
-
-    def __init__(self, bench: StepBench, usual: float = 0.0) -> None:
-        """``usual``: the reference step's seconds in a profile; else the median of the looks so far."""
-        self._bench = bench
-        self._looks: list[float] = []
-        self._usual = usual
-
-    def look(self) -> float:
-        self._looks.append(self._bench.reference_seconds())
-        return self.last
-
-    @property
-    def last(self) -> float:
-        return self._looks[-1]
-
-    @property
-    def usual(self) -> float:
-        return self._usual or (statistics.median(self._looks) if self._looks else 0.0)
-
-    def steady(self, seconds: float, look: float) -> float:
-        """What would have taken so long at the usual pace; as it is where the pace was as usual, give or take."""
-        slower = look / self.usual if look and self.usual else 1.0
-        return seconds if abs(slower - 1) < SAME_PACE else seconds / slower
 
 
 class StepBench:

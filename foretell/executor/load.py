@@ -66,15 +66,10 @@ def load(
     phases: Phases,
 ) -> Loaded:
     """The model where the options want it; ``device`` is "cpu" or "cuda"."""
-    load_there = _load_ranks if options.tp * options.pp > 1 else _load_on_gpu if device == "cuda" else _load_here
+    if options.tp * options.pp > 1:
+        return _load_ranks(device, options, files, spec, config, dtype, phases)
+    load_there = _load_on_gpu if device == "cuda" else _load_here
     return load_there(options, files, spec, config, dtype, phases)
-
-
-def kv_cache_dtype(options: EngineOptions, dtype: torch.dtype) -> torch.dtype:
-    """Of keys and values: the model's, unless the options say fewer bits."""
-    import torch
-
-    return torch.float8_e4m3fn if options.kv_cache_dtype == "fp8" else dtype
 
 
 def _load_on_gpu(
@@ -92,12 +87,13 @@ def _load_on_gpu(
     from foretell.kernels import get_kernels
     from foretell.model.load import load_dummy, load_model
     from foretell.worker.cuda_setup import cuda_runner
+    from foretell.worker.kv import kv_cache_dtype
 
     device = torch.device("cuda", torch.cuda.current_device())
     torch.zeros(1, device=device)
     phases.done("device")
     kernels = get_kernels(options.kernels, device="cuda", batch_invariant=options.batch_invariant)
-    kv_dtype, kept_as = kv_cache_dtype(options, dtype), options.quantization
+    kv_dtype, kept_as = kv_cache_dtype(options.kv_cache_dtype, dtype), options.quantization
     compiling = kernels.prepare(spec, dtype, options.block_size, device, kv_dtype=kv_dtype, quantization=kept_as)
     gc.collect()
     gc.freeze()  # modules stay: looking at them again took the collector 100 ms, many steps' time, every few seconds
@@ -159,6 +155,7 @@ def _load_here(
 
 
 def _load_ranks(
+    device: str,
     options: EngineOptions,
     files: ModelFiles,
     spec: ModelSpec,
@@ -167,7 +164,6 @@ def _load_ranks(
     phases: Phases,
 ) -> Loaded:
     """The model shared by tp × pp processes."""
-    from foretell.options import resolve_device
     from foretell.parallel.start import start_parallel, weights_of
 
     executor = start_parallel(
@@ -175,7 +171,7 @@ def _load_ranks(
         files,
         spec,
         config,
-        device=resolve_device(options),
+        device=device,
         dtype=str(dtype).removeprefix("torch."),
         element_bytes=dtype.itemsize,
         kv_bytes=options.kv_cache_bytes or default_kv_bytes(),

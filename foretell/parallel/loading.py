@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from foretell.memory import resident_bytes
 from foretell.parallel.messages import Ready, Setup
 
 if TYPE_CHECKING:
@@ -97,13 +97,14 @@ class Loading:
         from foretell.parallel.device_stage import DeviceStage
         from foretell.parallel.wrap import wrap
         from foretell.worker.cuda_setup import cuda_runner
+        from foretell.worker.kv import kv_cache_dtype
 
         setup = self.setup
         self.heart.phase = "meeting the other ranks"
         device = torch.device("cuda", setup.rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         kernels = get_kernels(setup.kernels, device="cuda", batch_invariant=setup.batch_invariant)
-        kv_dtype = torch.float8_e4m3fn if setup.kv_cache_dtype == "fp8" else self.dtype
+        kv_dtype = kv_cache_dtype(setup.kv_cache_dtype, self.dtype)
         compiling = kernels.prepare(
             self.own, self.dtype, setup.config.block_size, device, kv_dtype=kv_dtype, quantization=setup.quantization
         )
@@ -135,7 +136,7 @@ class Loading:
         self.heart.phase = "waiting for the others to load"
         comm.preflight()
         ready = self._ready(model, resident, kernels, list(num_blocks))
-        ready.ledger, ready.memory_bytes = ledger.entries, ledger.total_bytes
+        ready.ledger = ledger.entries
         return runner, ready
 
     def _build(self, kernels: Kernels, device: torch.device | None) -> Transformer:
@@ -180,16 +181,3 @@ class Loading:
     def _ready(self, model: Transformer, resident: int, kernels: Kernels, num_blocks: list[int]) -> Ready:
         self.seconds["whole"] = sum(self.seconds.values()) + time.perf_counter() - self._last
         return Ready(model.weight_bytes, resident, model.weight_format, kernels.name, self.seconds, num_blocks)
-
-
-def resident_bytes() -> int:
-    """Memory of this process alone, without mapped files, after giving back what is free; 0 where nobody tells."""
-    import ctypes
-    from pathlib import Path
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-    return 0

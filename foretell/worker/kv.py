@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["allocate", "block_bytes", "plan_blocks"]
+__all__ = ["allocate", "block_bytes", "kv_cache_dtype", "plan_blocks"]
 
 
 def allocate(
@@ -29,6 +29,13 @@ def allocate(
         for layer in (layer for layer in group.layers if only is None or layer in only):
             layers[layer] = KVLayer(_lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype), index)
     return [layer for layer in layers if layer is not None]
+
+
+def kv_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Of keys and values: the model's, unless the option (``options.KV_CACHE_DTYPES``) says fewer bits."""
+    import torch
+
+    return torch.float8_e4m3fn if name == "fp8" else dtype
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

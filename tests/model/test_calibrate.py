@@ -19,7 +19,7 @@ from foretell.cost.floor import ChunkShape
 from foretell.cost.profile import Profile
 from foretell.cost.step import StepCost
 from foretell.errors import ConfigError
-from foretell.parallel.loading import resident_bytes
+from foretell.memory import resident_bytes
 from foretell.server.metrics import Metrics
 from tests.model import models
 from tests.model.test_device_runner import make_engine

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foretell.cost.pace import Pace
 from foretell.cost.quiet import MOST_WAITED, Sample, _waited_nanoseconds, undisturbed, waited_seconds
-from foretell.cost.stepping import Pace
 
 SHARES = st.floats(0, 1)
 
