@@ -81,7 +81,8 @@ def sums(folder: Path) -> list[str]:
     started = [
         subprocess.Popen([*command, str(rank), str(store)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
     ]
-    lines = started[0].communicate(timeout=120)[0].splitlines()
+    told = [process.communicate(timeout=120)[0] for process in started]
+    lines = told[0].splitlines()
     print("\n".join(lines), flush=True)
     return lines
 

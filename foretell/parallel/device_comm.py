@@ -22,9 +22,9 @@ class DeviceCommunicator(Communicator):
 
     def __init__(
         self, layout: Layout, place: Place, store_url: str, kernels: Kernels, device: torch.device, *,
-        timeout_seconds: float, ordered: bool = False, peer_memory: bool = True,
+        timeout_seconds: float, ordered: bool,
     ) -> None:  # fmt: skip
-        """``ordered``: sums of any size are added up in one order of ranks. ``peer_memory``: where there is any."""
+        """``ordered``: sums of any size are added up in one order of ranks."""
         super().__init__(layout, place, store_url, backend="nccl", timeout_seconds=timeout_seconds, device=device)
         self.kernels, self.device, self.ordered = kernels, device, ordered
         ways = [  # a pair's own, so that no transfer waits for another's
@@ -34,23 +34,18 @@ class DeviceCommunicator(Communicator):
         self.way_in = None if place.is_first else ways[place.stage - 1][place.shard]
         self.way_out = None if place.is_last else ways[place.stage][place.shard]
         self.inbox: Inbox | None = None
-        if layout.tp > 1 and peer_memory:
+        if layout.tp > 1:
             from foretell.parallel.inbox import make_inbox
 
             self.inbox = make_inbox(self.group, device)
 
     def sum_(self, x: Tensor) -> Tensor:
         if self.ordered and self.size > 2:  # of two ranks the order makes no difference
-            return self._in_order(x)
+            return self._gathered(x).float().sum(0).to(x.dtype)
         if self.inbox is not None and self.inbox.takes(x):
             return self.inbox.sum(x)
         dist.all_reduce(x, group=self.group)
         return x
-
-    def _in_order(self, x: Tensor) -> Tensor:
-        parts = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
-        return parts.float().sum(0).to(x.dtype)
 
     def summed(self, x: Tensor) -> Unsummed:
         return Unsummed(self, x)
@@ -65,7 +60,7 @@ class DeviceCommunicator(Communicator):
             place.copy_(part[:, : place.shape[1]])
 
     def _gathered(self, x: Tensor) -> Tensor:
-        """[R, n] on each rank → [size, R, n]."""
+        """x on each rank → [size, *x.shape] on every rank."""
         parts = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
         dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
         return parts

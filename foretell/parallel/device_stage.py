@@ -11,19 +11,19 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from foretell.config import SchedulerConfig
 from foretell.core.messages import Batch, Chunk
-from foretell.kernels.base import KVLayer
+from foretell.kernels.base import BatchContext, KVLayer
 from foretell.model.residual import Residual, total
 from foretell.model.transformer import Transformer
 from foretell.parallel.device_comm import DeviceCommunicator
 from foretell.parallel.layout import in_flight
-from foretell.parallel.stage import Done
+from foretell.parallel.stage import OnDone
 from foretell.worker.cuda_graphs import CudaGraphs
 from foretell.worker.device_runner import DeviceRunner
 from foretell.worker.device_step import Step
@@ -91,23 +91,14 @@ class DeviceStage(DeviceRunner):
             self.comm.send_on(self._leaving[:tokens].clone())  # the next step may write there before these are gone
         return logits
 
-    def _hidden(
-        self,
-        layout: StepLayout,
-        max_query_len: int,
-        max_kv_len: int,
-        chunks: Sequence[tuple[int, int]] = (),
-        last_rows: Tensor | None = None,
-    ) -> Tensor:
-        context = self.buffers.context(layout, max_query_len, max_kv_len)
-        context.chunks = chunks
-        count, coming = layout.num_tokens, self._coming
+    def _through(self, num_tokens: int, context: BatchContext, last_rows: Tensor | None) -> Tensor:
+        coming = self._coming
         x: Residual
-        x = self.model.embed(self.buffers.token_ids[:count], context) if coming is None else coming[:count]
+        x = self.model.embed(self.buffers.token_ids[:num_tokens], context) if coming is None else coming[:num_tokens]
         x = self.model.run_blocks(x, context, self.kv, last_rows)
         if self._leaving is None:
             return self.model.finish(x)
-        return self._leaving[:count].copy_(total(x))
+        return self._leaving[:num_tokens].copy_(total(x))
 
     def _greedy(self, layout: StepLayout, hidden: Tensor) -> Tensor:
         if self._leaving is not None:
@@ -127,7 +118,9 @@ class DeviceStage(DeviceRunner):
 
     ahead = True  # what ``begin`` gives returns before the step is done
 
-    def begin(self, done: Done, failed: Callable[[Exception], None]) -> Callable[[Batch, dict[int, list[int]]], None]:
+    def begin(
+        self, done: OnDone, failed: Callable[[Exception], None]
+    ) -> Callable[[Batch, dict[int, list[int]]], None]:
         """What submits a batch; where the results are, a thread of its own waits for them and ``done`` hears."""
         steps: queue.SimpleQueue[tuple[Step, float]] = queue.SimpleQueue()
 
@@ -149,7 +142,7 @@ class DeviceStage(DeviceRunner):
             threading.Thread(target=collect, name="foretell-collect", daemon=True).start()
         return execute
 
-    def _collect(self, step: Step, started: float, done: Done) -> None:
+    def _collect(self, step: Step, started: float, done: OnDone) -> None:
         waited = time.monotonic()
         results = self.collect(step)
         parts = {"launch": step.launched_seconds, "wait": time.monotonic() - waited}

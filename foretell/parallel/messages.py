@@ -64,7 +64,7 @@ class Stop(msgspec.Struct, tag=True):
 
 class Ready(msgspec.Struct, tag=True):
     """Loaded and met the others. Bytes as kept, and by which loading made the process grow; seconds by phase; on a
-    GPU its memory by purpose, and what of it is the driver's to plan with."""
+    GPU its memory by purpose."""
 
     weight_bytes: int
     resident_bytes: int
@@ -73,7 +73,6 @@ class Ready(msgspec.Struct, tag=True):
     phases: dict[str, float]
     num_blocks: list[int]
     ledger: dict[str, int] = {}
-    memory_bytes: int = 0
 
 
 class Done(msgspec.Struct, tag=True):

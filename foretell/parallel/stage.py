@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from foretell.parallel.comm import Communicator
 
 
-Done = Callable[[int, list[ChunkResult], float, dict[str, float]], None]  # batch id, results, started, parts
+OnDone = Callable[[int, list[ChunkResult], float, dict[str, float]], None]  # batch id, results, started, parts
 
 
 class SilentSampler(Sampler):
@@ -51,7 +51,9 @@ class StageRunner(ModelRunner):
 
     ahead = False  # a step is done when ``begin``'s result returns
 
-    def begin(self, done: Done, failed: Callable[[Exception], None]) -> Callable[[Batch, dict[int, list[int]]], None]:
+    def begin(
+        self, done: OnDone, failed: Callable[[Exception], None]
+    ) -> Callable[[Batch, dict[int, list[int]]], None]:
         """What computes a batch; ``done`` hears of it where the results are."""
 
         def execute(batch: Batch, tokens: dict[int, list[int]]) -> None:

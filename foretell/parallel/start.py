@@ -51,7 +51,6 @@ def start_parallel(
     held = layout.tp * max(1, spec.num_kv_heads // layout.tp)  # key/value heads on all shards, replicas included
     num_blocks = plan_blocks(spec, config, kv_bytes * spec.num_kv_heads // held, element_bytes) if on_cpu else ()
     threads = max(1, (options.num_threads or usable_cpus()) // layout.num_ranks)
-
     own_bytes = None if options.kv_cache_bytes is None else -(-options.kv_cache_bytes // layout.num_ranks)
 
     def setup(rank: int, store_url: str) -> Setup:

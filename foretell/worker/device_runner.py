@@ -17,7 +17,7 @@ from torch import Tensor
 from foretell.config import SchedulerConfig
 from foretell.core.messages import Added, Batch, Chunk, ChunkResult
 from foretell.core.params import SamplingParams
-from foretell.kernels.base import KVLayer
+from foretell.kernels.base import BatchContext, KVLayer
 from foretell.worker.device_sampler import DrawPlan, draw_tokens
 from foretell.worker.device_step import Step, results_of
 from foretell.worker.pooling import pool_chunk
@@ -205,7 +205,11 @@ class DeviceRunner:
     ) -> Tensor:
         context = self.buffers.context(layout, max_query_len, max_kv_len)
         context.chunks = chunks
-        return self.model.forward(self.buffers.token_ids[: layout.num_tokens], context, self.kv, last_rows)
+        return self._through(layout.num_tokens, context, last_rows)
+
+    def _through(self, num_tokens: int, context: BatchContext, last_rows: Tensor | None) -> Tensor:
+        """The buffers' tokens through the model: hidden states [M, h], or with ``last_rows`` theirs alone."""
+        return self.model.forward(self.buffers.token_ids[:num_tokens], context, self.kv, last_rows)
 
     def _greedy(self, layout: StepLayout, hidden: Tensor) -> Tensor:
         logits = self.model.logits(hidden, self.buffers.logits[: len(hidden)])
